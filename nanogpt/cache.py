@@ -1,0 +1,46 @@
+"""KVCache: the keys and values of the tokens so far, the only mutable state of decoding."""
+
+import torch
+
+from nanogpt.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of every layer, written in place as decoding goes on.
+
+    Args:
+        config: the model's shape; `block_size` positions are reserved.
+        batch: B, the sequences decoded together.
+        dtype, device: of the keys and values.
+    Attributes:
+        length: S, the positions filled so far.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        head_width = config.n_embd // config.n_head
+        shape = (config.n_layer, batch, config.n_head, config.block_size, head_width)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (L, B, H, block, D)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new positions of one layer, (B, H, T, D), and give all S + T of them.
+
+        `length` moves on only in `advance`, once every layer has stored its part.
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Count `positions` new tokens as filled."""
+        self.length += positions
+
+    def reset(self) -> None:
+        """Forget everything; the memory is kept."""
+        self.length = 0

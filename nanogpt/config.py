@@ -1,0 +1,384 @@
+"""Every default, its unit and its explanation: the configuration of the model and the commands.
+
+Frozen dataclasses and nothing but the standard library, so that `--help` costs no torch. A field
+made by `option` carries its help text and its limits; `cli.py` turns it into a flag.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanogpt.errors import UsageError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "options",
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
+    auto: str | None = None,
+    identity: bool = True,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a command's configuration.
+
+    Args:
+        default: the value without the flag.
+        help: one phrase with the unit.
+        group: the heading it stands under in --help.
+        choices: the allowed words.
+        minimum, above, below, maximum: inclusive and exclusive limits of a number.
+        auto: what None means, shown as the default.
+        identity: whether another value makes another run (False: where it runs or reports).
+        metavar: the placeholder in --help.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "group": group,
+            "choices": choices,
+            "minimum": minimum,
+            "above": above,
+            "below": below,
+            "maximum": maximum,
+            "auto": auto,
+            "identity": identity,
+            "metavar": metavar,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT: pre-norm GPT-2 blocks with learned positions and a tied output head.
+
+    Raises: ValueError where a size is not positive or n_embd is not a multiple of n_head.
+    """
+
+    vocab_size: int = 257
+    """V: ids run from 0 to vocab_size - 1."""
+    block_size: int = 128
+    """The context length in tokens."""
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    """C: the model's width; n_head divides it."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    bias: bool = False
+    """Whether linear maps and layer norms have biases, as GPT-2's do."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): "
+                f"every head needs the same whole width"
+            )
+
+    def n_parameters(self, positions: bool = True) -> int:
+        """Trained numbers of the model; the head shares the token embedding's.
+
+        Args:
+            positions: count the position embedding too (GPT-2's published counts do).
+        """
+        c, per_norm = self.n_embd, self.n_embd * (2 if self.bias else 1)
+        linear = 3 * c * c + c * c + 2 * 4 * c * c  # qkv, projection, feed-forward in and out
+        biases = 3 * c + c + 4 * c + c if self.bias else 0
+        blocks = self.n_layer * (linear + biases + 2 * per_norm)
+        return self.vocab_size * c + (self.block_size * c if positions else 0) + blocks + per_norm
+
+    def flops_per_token(self) -> int:
+        """Multiply-adds of one training step, forward and backward, times two, for one token.
+
+        6 for every weight in a product (the tied head counts, the embeddings do not) and
+        12·L·C·T for attention, the causal half not taken off.
+        Source: Chowdhery et al. 2022, PaLM, appendix B (arXiv:2204.02311).
+        """
+        c = self.n_embd
+        weights = self.n_layer * 12 * c * c + self.vocab_size * c
+        return 6 * weights + 12 * self.n_layer * c * self.block_size
+
+
+PRESETS: dict[str, dict[str, int | bool]] = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
+    "base": {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": True},
+}
+"""Named shapes: 0.8, 10.7, 25.4 and 124 million parameters with their usual vocabularies."""
+
+DEVICE_HELP = "where to compute: auto, cpu, cuda, cuda:N, mps"
+KERNEL_CHOICES = ("auto", "triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT on text and write it to one file."""
+
+    text: tuple[str, ...] = option(
+        (),
+        "files, folders, globs, .gz or - for standard input",
+        group="text",
+        auto="the Python language reference that comes with Python",
+        metavar="PATH",
+    )
+    encoding_errors: str = option(
+        "strict",
+        "what to do with bytes that are not UTF-8",
+        group="text",
+        choices=("strict", "replace"),
+    )
+    val_fraction: float = option(
+        0.1, "the last part of the text, held out for validation", group="text", minimum=0, below=1
+    )
+    tokenizer: str | None = option(
+        None,
+        "characters, bytes or byte-pair encoding",
+        group="text",
+        choices=("char", "byte", "bpe"),
+        auto="char, or that of --init",
+    )
+    vocab_size: int | None = option(
+        None,
+        "ids of a bpe tokenizer, the special token included",
+        group="text",
+        minimum=257,
+        auto="4096",
+    )
+
+    preset: str = option("tiny", "a named shape", group="model", choices=tuple(PRESETS))
+    n_layer: int | None = option(
+        None, "transformer blocks", group="model", minimum=1, auto="the preset's"
+    )
+    n_head: int | None = option(
+        None, "attention heads; n_embd is a multiple", group="model", minimum=1, auto="the preset's"
+    )
+    n_embd: int | None = option(None, "model width", group="model", minimum=1, auto="the preset's")
+    block_size: int | None = option(
+        None, "context length in tokens", group="model", minimum=1, auto="the preset's"
+    )
+    dropout: float = option(
+        0.0, "probability of dropping an activation", group="model", minimum=0, below=1
+    )
+    bias: bool | None = option(
+        None, "biases in linear maps and layer norms", group="model", auto="the preset's"
+    )
+    init: str | None = option(
+        None,
+        "start from this model file: its weights, shape and tokenizer",
+        group="model",
+        auto="new weights",
+        metavar="MODEL",
+    )
+
+    epochs: int | None = option(
+        None,
+        "passes over the text",
+        group="training",
+        minimum=1,
+        auto="1, or no limit where --max-steps is given",
+    )
+    max_steps: int | None = option(
+        None, "optimizer steps at most", group="training", minimum=1, auto="no limit"
+    )
+    batch_size: int = option(64, "sequences in an optimizer step", group="training", minimum=1)
+    micro_batch_size: int | None = option(
+        None,
+        "sequences computed at once; gradients accumulate to --batch-size",
+        group="training",
+        minimum=1,
+        auto="as many as fit 65,536 tokens",
+    )
+    recipe: str = option(
+        "standard", "optimizer and schedule", group="training", choices=("standard",)
+    )
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate",
+        group="training",
+        above=0,
+        auto="by the model's width: 4e-3 at 128, 1.6e-3 at 384, 6e-4 at 768",
+    )
+    min_lr: float | None = option(
+        None, "learning rate at the end", group="training", minimum=0, auto="a tenth of the peak"
+    )
+    weight_decay: float = option(0.1, "on matrices only", group="training", minimum=0)
+    beta1: float = option(0.9, "AdamW's first moment decay", group="training", minimum=0, below=1)
+    beta2: float = option(0.99, "AdamW's second moment decay", group="training", minimum=0, below=1)
+    warmup_steps: int | None = option(
+        None,
+        "steps of linear warmup",
+        group="training",
+        minimum=0,
+        auto="a twentieth of the steps, 100 at most",
+    )
+    grad_clip: float = option(
+        1.0, "largest gradient norm; 0 does not clip", group="training", minimum=0
+    )
+    seed: int = option(
+        1337, "of weights, batches, dropout and samples", group="training", minimum=0, below=2**63
+    )
+
+    eval_interval: int | None = option(
+        None,
+        "steps between evaluations, each with a checkpoint",
+        group="reports",
+        minimum=1,
+        auto="a tenth of the steps, 1,000 at most",
+    )
+    sample_tokens: int = option(
+        200, "tokens written at each evaluation; 0 writes none", group="reports", minimum=0
+    )
+    tensorboard: bool = option(
+        True, "write TensorBoard files into the run directory", group="reports", identity=False
+    )
+
+    output: str = option(
+        "gpt.pth",
+        "the model file: .pth or .safetensors",
+        group="files",
+        identity=False,
+        metavar="PATH",
+    )
+    run_dir: str | None = option(
+        None,
+        "checkpoints, metrics and report",
+        group="files",
+        auto="runs/<name from configuration and text>",
+        identity=False,
+        metavar="PATH",
+    )
+    resume: str = option(
+        "auto",
+        "go on with an interrupted run: auto, never, or the path of a run directory",
+        group="files",
+        identity=False,
+        metavar="auto|never|PATH",
+    )
+
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    dtype: str = option(
+        "auto",
+        "precision of the products",
+        group="machine",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    kernels: str = option(
+        "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
+    )
+    compile: bool = option(False, "use torch.compile", group="machine")
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core", identity=False
+    )
+    json: bool = option(
+        False, "print one JSON object with the outcome", group="reports", identity=False
+    )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Write text from a trained model."""
+
+    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    prompt: str | None = option(
+        None, "text to continue", auto="start a new document", metavar="TEXT"
+    )
+    file: str | None = option(
+        None, "read the prompt from this file, - for standard input", auto="no file", metavar="PATH"
+    )
+    max_new_tokens: int = option(200, "tokens to write", minimum=0)
+    num_samples: int = option(1, "texts to write", minimum=1)
+    stop: tuple[str, ...] = option(
+        (), "end a text before any of these", auto="no stop", metavar="TEXT"
+    )
+    ignore_eos: bool = option(True, "write on after the end-of-text token")
+    json: bool = option(False, "print one JSON object with texts, tokens and probabilities")
+    chat: bool = option(False, "answer line by line and keep the history")
+
+    temperature: float = option(
+        1.0, "divides the logits; 0 always takes the likeliest", group="sampling", minimum=0
+    )
+    top_k: int | None = option(
+        None, "keep the k likeliest tokens", group="sampling", minimum=1, auto="all"
+    )
+    top_p: float | None = option(
+        None,
+        "keep the likeliest tokens that reach this probability together",
+        group="sampling",
+        above=0,
+        maximum=1,
+        auto="all",
+    )
+    min_p: float | None = option(
+        None,
+        "keep tokens at least this fraction as likely as the likeliest",
+        group="sampling",
+        minimum=0,
+        maximum=1,
+        auto="all",
+    )
+    repetition_penalty: float = option(
+        1.0, "above 1 makes tokens that stand in the text less likely", group="sampling", above=0
+    )
+    seed: int | None = option(
+        None, "same seed, same text", group="sampling", minimum=0, below=2**64, auto="a new one"
+    )
+
+    engine: str = option(
+        "auto", "what computes", group="machine", choices=("auto", "torch", "native")
+    )
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    kernels: str = option(
+        "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
+    )
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core"
+    )
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what is installed, what a missing part would give, and the command that adds it."""
+
+    json: bool = option(False, "print one JSON object")
+
+
+def shape_from_flags(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model's shape: the preset's, with the flags that were given in its place.
+
+    Raises: UsageError where the sizes do not fit together.
+    """
+    shape: dict[str, Any] = dict(PRESETS[config.preset])
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+        if getattr(config, name) is not None:
+            shape[name] = getattr(config, name)
+    try:
+        return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)
+    except ValueError as error:
+        raise UsageError(f"{error}: set --n-embd and --n-head") from None
+
+
+def default_learning_rate(n_embd: int) -> float:
+    """Peak learning rate by width: measured best at 128, GPT-2's published 6e-4 at 768."""
+    return 6e-4 * (768 / n_embd) ** 1.06 if n_embd < 768 else 6e-4 * math.sqrt(768 / n_embd)
+
+
+def as_plain_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready values (tuples become lists)."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }

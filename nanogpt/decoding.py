@@ -1,0 +1,430 @@
+"""Writing: filters, the counter-based draw, and the loop that turns logits into tokens.
+
+The order is fixed and the same in every engine: repetition penalty, temperature, top-k, top-p,
+min-p, draw. All of it is in float64. The draw is Gumbel-max over random words that are a function
+of (seed, token id, position, row, stream) alone, so that row i of a batch equals a single run with
+`first_row=i`, with the cache on or off.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanogpt.cache import KVCache
+from nanogpt.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt.model import GPT
+
+_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Philox4x32-10: four random 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors that broadcast together, values below 2^32.
+        key: two words below 2^32.
+    Returns: four int64 tensors, values below 2^32.
+    Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3, section 3.3.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        # The products fill 64 bits; int64 wraps, and the mask undoes the sign of the shift.
+        low = c0 * _PHILOX_MULTIPLIERS[0]
+        high = c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _WORD) ^ c1 ^ k0,
+            high & _WORD,
+            ((low >> 32) & _WORD) ^ c3 ^ k1,
+            low & _WORD,
+        )
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _WORD, (k1 + _PHILOX_WEYL[1]) & _WORD
+    return [c0, c1, c2, c3]
+
+
+class GumbelNoise:
+    """Standard Gumbel noise for every token id, by position and row.
+
+    noise = -log(-log u), u = (w + 0.5) / 2^32, where w is word `id mod 4` of Philox4x32-10 with
+    key = seed and counter = (id div 4, position, row, stream).
+
+    Args:
+        seed: 64 bits.
+        vocab_size: V.
+        rows: B; row numbers are first_row … first_row + B - 1.
+        stream: separates independent draws at one position.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        vocab_size: int,
+        rows: int,
+        *,
+        first_row: int = 0,
+        stream: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.key = (seed & _WORD, (seed >> 32) & _WORD)
+        self.vocab_size, self.stream, self.device = vocab_size, stream, device
+        self.rows = torch.arange(first_row, first_row + rows, device=device)
+        # A block of positions at once, because a call costs more than its few numbers do.
+        self._positions = max(1, min(64, 2**18 // (rows * vocab_size)))
+        self._start, self._block = -1, torch.empty(0)
+
+    def at(self, position: int) -> torch.Tensor:
+        """(B, V) float64 for the token that will stand at `position` of the text."""
+        if not (0 <= position - self._start < len(self._block)):
+            self._start, self._block = position, self._compute(position)
+        return self._block[position - self._start]
+
+    def _compute(self, position: int) -> torch.Tensor:
+        quads = torch.arange((self.vocab_size + 3) // 4, device=self.device)
+        positions = torch.arange(position, position + self._positions, device=self.device)
+        stream = torch.tensor(self.stream, device=self.device)
+        counter = [quads, positions[:, None, None], self.rows[:, None], stream]
+        words = torch.stack(philox(counter, self.key), dim=-1)  # (P, B, quads, 4)
+        words = words.flatten(-2)[..., : self.vocab_size]
+        uniform = (words.to(torch.float64) + 0.5) / 2.0**32
+        return -torch.log(-torch.log(uniform))  # (P, B, V)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """How logits become the distribution that is drawn from.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest; ties at the edge go to the lower ids.
+        top_p: keep the likeliest until they reach this probability together.
+        min_p: keep those at least this fraction as likely as the likeliest.
+        repetition_penalty: logits of tokens in the text are divided by it where positive and
+            multiplied where negative.
+    Raises: ValueError for a value out of range.
+    Source: Keskar et al. 2019, CTRL, section 4.1 (penalty); Fan et al. 2018 (top-k); Holtzman et
+        al. 2020 (top-p); Nguyen et al. 2024 (min-p).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be at least 0, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    def apply(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits with what is not kept at -inf; softmax of them is what a draw follows.
+
+        Args:
+            logits: (B, V).
+            seen: (B, V) bool, tokens that stand in the text; needed for a penalty.
+        Returns: (B, V) float64. At temperature 0 only the penalty has been applied.
+        """
+        x = logits.to(torch.float64)
+        if seen is not None and self.repetition_penalty != 1.0:
+            penalised = torch.where(x > 0, x / self.repetition_penalty, x * self.repetition_penalty)
+            x = torch.where(seen, penalised, x)
+        if self.temperature == 0:
+            return x
+        if self.temperature != 1.0:
+            x = x / self.temperature
+        if self.top_k is not None and self.top_k < x.shape[-1]:
+            x = _keep_top_k(x, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            x = _keep_top_p(x, self.top_p)
+        if self.min_p is not None and self.min_p > 0:
+            # p >= min_p * max p, in logs.
+            floor = x.amax(-1, keepdim=True) + math.log(self.min_p)
+            x = x.masked_fill(x < floor, float("-inf"))
+        return x
+
+
+def _keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    edge = x.topk(k, dim=-1).values[..., -1:]
+    above, ties = x > edge, x == edge
+    room = k - above.sum(-1, keepdim=True)
+    kept = above | (ties & (ties.cumsum(-1) <= room))
+    return x.masked_fill(~kept, float("-inf"))
+
+
+def _keep_top_p(x: torch.Tensor, p: float) -> torch.Tensor:
+    ordered, ids = x.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    dropped = torch.zeros_like(x, dtype=torch.bool).scatter(-1, ids, before >= p)
+    return x.masked_fill(dropped, float("-inf"))
+
+
+def window_start(length: int, block_size: int) -> int:
+    """First token of the context that predicts token `length` of a text.
+
+    0 while the text fits; after that the window restarts at hop * ceil((length - block) / hop)
+    with hop = max(1, block div 4), because learned positions make the old keys wrong.
+    """
+    if length <= block_size:
+        return 0
+    hop = max(1, block_size // 4)
+    return hop * -((block_size - length) // hop)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of every row: ids (B,) int64 and the model's probability of it (B,) float64.
+
+    The probability is softmax(logits) at the calibration temperature (1 where there is none),
+    before any filter; None unless asked for.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None
+
+
+def stream(
+    model: "GPT",
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    filters: Filters,
+    seed: int | None = None,
+    first_row: int = 0,
+    use_cache: bool = True,
+    probabilities: bool = False,
+) -> Iterator[Step]:
+    """Yield new tokens one step at a time; `generate` collects them. Same arguments."""
+    config, device = model.config, tokens.device
+    _check_prompt(tokens, config.vocab_size, model)
+    batch, length = tokens.shape
+    text = torch.empty(batch, length + max_new_tokens, dtype=torch.int64, device=device)
+    text[:, :length] = tokens
+    seen = None
+    if filters.repetition_penalty != 1.0:
+        seen = torch.zeros(batch, config.vocab_size, dtype=torch.bool, device=device)
+        seen.scatter_(1, tokens, True)
+    noise = None
+    if filters.temperature > 0:
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        noise = GumbelNoise(seed, config.vocab_size, batch, first_row=first_row, device=device)
+    cache = None
+    if use_cache:
+        weight = model.transformer["wte"].weight
+        cache = KVCache(config, batch, dtype=weight.dtype, device=device)
+    confidence_temperature = model.calibration_temperature or 1.0
+    cached_from = 0
+
+    for end in range(length, length + max_new_tokens):
+        with torch.inference_mode():
+            start = window_start(end, config.block_size)
+            if cache is None:
+                logits = model.next_logits(text[:, start:end])  # (B, V)
+            else:
+                if start != cached_from:
+                    cache.reset()
+                    cached_from = start
+                logits = model.next_logits(text[:, start + cache.length : end], cache)
+            kept = filters.apply(logits, seen)  # (B, V)
+            chosen = (kept if noise is None else kept + noise.at(end)).argmax(-1)  # (B,)
+            text[:, end] = chosen
+            if seen is not None:
+                seen.scatter_(1, chosen[:, None], True)
+            of_chosen = None
+            if probabilities:
+                wide = logits.to(torch.float64) / confidence_temperature
+                of_chosen = wide.softmax(-1).gather(1, chosen[:, None])[:, 0]
+        yield Step(chosen, of_chosen)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate(..., return_details=True)` gives.
+
+    Attributes:
+        sequences: (B, T + new) int64, prompt included.
+        token_probabilities: (B, new) float64, the model's probability of each new token.
+        lengths: (B,) int64, the new tokens of each row before it stopped.
+    """
+
+    sequences: torch.Tensor
+    token_probabilities: torch.Tensor
+    lengths: torch.Tensor
+
+
+def generate(
+    model: "GPT",
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] | str | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    first_row: int = 0,
+    use_cache: bool = True,
+    return_details: bool = False,
+) -> torch.Tensor | Generation:
+    """Continue texts.
+
+    Args:
+        model: a GPT; it is put into evaluation mode and back.
+        tokens: (B, T) int64, T >= 1, on the model's device; T may exceed the context.
+        max_new_tokens: new tokens of each row.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Filters`.
+        stop: texts that end a row once it has written one; needs `model.tokenizer`.
+        eos_token_id: a token that ends a row.
+        seed: 64 bits; without one it is drawn from torch's generator.
+        first_row: the number of row 0 in the draw.
+        use_cache: False recomputes the whole context for every token (the reference).
+        return_details: give a `Generation` with probabilities.
+    Returns: (B, T + new) int64. new = max_new_tokens, unless `stop` or `eos_token_id` ended every
+        row earlier; what follows a row's own end is filled with `eos_token_id`, or else with the
+        tokenizer's end-of-text token.
+    Raises: ValueError for arguments out of range.
+    """
+    filters = Filters(temperature, top_k, top_p, min_p, repetition_penalty)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    ended = _row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
+    was_training = model.training
+    model.eval()
+    chosen, probabilities = [], []
+    running = [True] * len(tokens)
+    lengths = [0] * len(tokens)
+    try:
+        for step in stream(
+            model,
+            tokens,
+            max_new_tokens,
+            filters=filters,
+            seed=seed,
+            first_row=first_row,
+            use_cache=use_cache,
+            probabilities=return_details,
+        ):
+            chosen.append(step.tokens)
+            probabilities.append(step.probabilities)
+            if ended is None:
+                continue
+            for row, token in enumerate(step.tokens.tolist()):
+                if running[row]:
+                    lengths[row] += 1
+                    running[row] = not ended[row](token)
+            if not any(running):
+                break
+    finally:
+        model.train(was_training)
+    new = torch.stack(chosen, 1) if chosen else tokens.new_empty(len(tokens), 0)  # (B, new)
+    if ended is None:
+        lengths = [new.shape[1]] * len(tokens)
+    else:
+        filler = eos_token_id
+        if filler is None and model.tokenizer is not None:
+            filler = model.tokenizer.end_of_text_id
+        beyond = torch.arange(new.shape[1], device=new.device) >= torch.tensor(
+            lengths, device=new.device
+        ).unsqueeze(1)
+        new = new.masked_fill(beyond, 0 if filler is None else filler)
+    sequences = torch.cat([tokens, new], 1)
+    if not return_details:
+        return sequences
+    of_chosen = torch.stack(probabilities, 1) if chosen else torch.empty(len(tokens), 0)
+    return Generation(sequences, of_chosen, torch.tensor(lengths))
+
+
+class StopText:
+    """Watches a growing text for the first of several stop texts.
+
+    `feed` gives what is certain not to be part of one; `found` turns true once one has appeared,
+    and nothing after its beginning is given out.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [text for text in stops if text]
+        self.held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        if self.found:
+            return ""
+        self.held += text
+        hits = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if hits:
+            self.found = True
+            ready, self.held = self.held[: min(hits)], ""
+            return ready
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
+
+    def flush(self) -> str:
+        """What was held back in case a stop text went on."""
+        ready, self.held = self.held, ""
+        return ready
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def _row_enders(
+    tokenizer: Tokenizer | None, rows: int, stops: Sequence[str], eos_token_id: int | None
+) -> list[Callable[[int], bool]] | None:
+    """For each row a function that takes its next token and says whether the row ends with it."""
+    if not stops and eos_token_id is None:
+        return None
+    if stops and tokenizer is None:
+        raise ValueError("stop needs the model's tokenizer: load the model with nanogpt.load")
+
+    def ender() -> Callable[[int], bool]:
+        if tokenizer is None or not stops:
+            return lambda token: token == eos_token_id
+        decoder, watch = StreamDecoder(tokenizer), StopText(stops)
+
+        def ends(token: int) -> bool:
+            watch.feed(decoder.feed(token))
+            return token == eos_token_id or watch.found
+
+        return ends
+
+    return [ender() for _ in range(rows)]
+
+
+def _check_prompt(tokens: torch.Tensor, vocab_size: int, model: "GPT") -> None:
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {str(tokens.dtype)}"
+        )
+    if tokens.shape[0] < 1 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens {tuple(tokens.shape)} must hold at least one token a row")
+    device = model.transformer["wte"].weight.device
+    if tokens.device != device:
+        raise ValueError(f"tokens are on {tokens.device}, the model is on {device}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
+        )

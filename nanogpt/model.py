@@ -1,0 +1,249 @@
+"""GPT: tokens -> logits. Pre-norm GPT-2 blocks, learned positions, tanh GELU, tied head.
+
+Dimensions: B batch, T positions, H heads, D head width, C = H*D model width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanogpt import metadata
+from nanogpt.cache import KVCache
+from nanogpt.config import GPTConfig
+from nanogpt.errors import InputError
+from nanogpt.kernels import causal_attention, cross_entropy, gelu_ffn, layer_norm, linear
+from nanogpt.tokenizer import Tokenizer, tokenizer_from_dict
+
+
+class LayerNorm(nn.Module):
+    """Weights of one layer norm; with a residual it returns the sum too."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.impl = "auto"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, impl=self.impl)
+
+    def after_adding(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer_norm(x, self.weight, self.bias, residual=residual, impl=self.impl)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.impl = "auto"
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
+        batch, positions, width = x.shape
+        qkv = linear(x, self.c_attn.weight, self.c_attn.bias)  # (B, T, 3C)
+        qkv = qkv.view(batch, positions, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D)
+        out = causal_attention(q, k, v, impl=self.impl)  # (B, H, T, D)
+        out = out.transpose(1, 2).reshape(batch, positions, width)  # (B, T, C)
+        return linear(out, self.c_proj.weight, self.c_proj.bias)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps, four times as wide between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.impl = "auto"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fc, proj = self.c_fc, self.c_proj
+        return gelu_ffn(x, fc.weight, fc.bias, proj.weight, proj.bias, impl=self.impl)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = FeedForward(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
+        mixed = self._drop(self.attn(self.ln_1(x), cache, layer))
+        y, x = self.ln_2.after_adding(mixed, residual=x)
+        return x + self._drop(self.mlp(y))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: the shape; or give its fields by keyword, as in GPT(vocab_size=65).
+    Attributes:
+        config: GPTConfig.
+        tokenizer: the Tokenizer of the text it was trained on, or None.
+        calibration_temperature: fitted temperature, or None.
+    Source: Radford et al. 2019, GPT-2; parameter names as in Hugging Face's and nanoGPT's.
+    """
+
+    def __init__(self, config: GPTConfig | None = None, **shape: Any) -> None:
+        super().__init__()
+        if config is not None and shape:
+            raise ValueError("give GPT either a GPTConfig or its fields by keyword, not both")
+        self.config = config if config is not None else GPTConfig(**shape)
+        self.tokenizer: Tokenizer | None = None
+        self.calibration_temperature: float | None = None
+        self.impl = "auto"
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(self.config.vocab_size, self.config.n_embd),
+                "wpe": nn.Embedding(self.config.block_size, self.config.n_embd),
+                "h": nn.ModuleList(Block(self.config) for _ in range(self.config.n_layer)),
+                "ln_f": LayerNorm(self.config),
+            }
+        )
+        self._initialise()
+        self._register_load_state_dict_pre_hook(self._before_load)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """GPT-2's: N(0, 0.02), residual projections divided by sqrt(2 L), biases zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                shrink = 1 / math.sqrt(2 * self.config.n_layer) if residual else 1.0
+                parameter.normal_(mean=0.0, std=0.02 * shrink)
+
+    def set_kernels(self, impl: str) -> "GPT":
+        """Choose the implementation of every fused operation; see nanogpt.kernels."""
+        for module in self.modules():
+            if hasattr(module, "impl"):
+                module.impl = impl
+        return self
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the next token at every position, and the mean loss where targets are given.
+
+        Args:
+            tokens: (B, T) int64, T <= block_size.
+            targets: (B, T) int64, the next tokens; -100 does not count.
+        Returns: logits (B, T, V) and the loss, a scalar in nats per target, or None.
+        Raises: ValueError where T is longer than the context.
+        """
+        hidden = self._hidden(tokens, None)  # (B, T, C)
+        logits = F.linear(hidden, self.transformer["wte"].weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        flat = logits.view(-1, logits.shape[-1])
+        return logits, cross_entropy(flat, targets.reshape(-1), impl=self.impl)
+
+    def next_logits(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits of the token that follows, (B, V).
+
+        Args:
+            tokens: (B, T) int64; with a cache only the tokens that are not in it yet.
+            cache: read and extended in place.
+        """
+        hidden = self._hidden(tokens, cache)[:, -1]  # (B, C)
+        return linear(hidden, self.transformer["wte"].weight, None)
+
+    def _hidden(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"].weight[start:end]
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.transformer["h"]):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.transformer["ln_f"](x)
+
+    def generate(
+        self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, **options: Any
+    ) -> Any:
+        """Continue `tokens` (B, T): (B, T + new) int64. See `nanogpt.decoding.generate`."""
+        from nanogpt.decoding import generate
+
+        return generate(self, tokens, max_new_tokens, temperature=temperature, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """Configuration, tokenizer and calibration as JSON-ready values."""
+        shape = {name: getattr(self.config, name) for name in GPTConfig.__dataclass_fields__}
+        tokenizer = None if self.tokenizer is None else self.tokenizer.to_dict()
+        return {
+            "config": shape,
+            "tokenizer": tokenizer,
+            "calibration_temperature": self.calibration_temperature,
+        }
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The model's metadata as a uint8 tensor, so that a state dict carries it."""
+        return metadata.to_tensor(self.describe())
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Adopt tokenizer and calibration of a state dict and check that the shape agrees.
+
+        Raises: InputError where the state dict belongs to another architecture. (A head count
+            changes no tensor's shape, so that torch alone would load it and be wrong.)
+        """
+        content = _unpack(state)
+        theirs, ours = content.get("config") or {}, self.describe()["config"]
+        for name in ours:
+            if name != "dropout" and theirs.get(name, ours[name]) != ours[name]:
+                raise InputError(
+                    f"these weights belong to a model with {name} = {theirs[name]!r}, "
+                    f"not {ours[name]!r}"
+                )
+        stored = content.get("tokenizer")
+        self.tokenizer = None if stored is None else tokenizer_from_dict(stored)
+        self.calibration_temperature = content.get("calibration_temperature")
+
+    def _before_load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Refuse damaged weights; let a state dict without metadata pass a strict load."""
+        key = prefix + metadata.KEY
+        if key not in state_dict:
+            state_dict[key] = self.get_extra_state()
+            return
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in state_dict.items()
+            if name.startswith(prefix) and name != key
+        }
+        problem = metadata.verify(_unpack(state_dict[key]), own)
+        if problem:
+            raise InputError(
+                f"this state dict is damaged or was changed: {problem} "
+                f"(changed on purpose? then delete its {metadata.KEY!r})"
+            )
+
+
+def _unpack(state: torch.Tensor) -> dict[str, Any]:
+    try:
+        return metadata.from_tensor(state)
+    except ValueError as error:
+        raise InputError(f"this state dict is damaged: {error}") from None

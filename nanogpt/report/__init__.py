@@ -1,0 +1,1 @@
+"""HTML reports: one file each, no network, plots as inline SVG."""

@@ -1,0 +1,191 @@
+"""Write text from a trained model: `python -m nanogpt.sample --model gpt.pth --prompt "Once"`."""
+
+if __name__ == "__main__":
+    # Before torch is imported, so that --help is quick; the module then runs under its own name.
+    import sys
+
+    from nanogpt.cli import main
+
+    sys.exit(main(["sample", *sys.argv[1:]]))
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanogpt import checkpoint, machine
+from nanogpt.config import SampleConfig
+from nanogpt.decoding import Filters, StopText, stream
+from nanogpt.errors import InputError, UsageError
+from nanogpt.model import GPT
+from nanogpt.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model with the settings of one command."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    device: torch.device
+    config: SampleConfig
+    seed: int
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt; an empty one starts a new document.
+
+        Raises: InputError for a character that the vocabulary lacks.
+        """
+        return self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text_id]
+
+    def write(self, ids: list[int], row: int) -> Iterator[tuple[str, int, float | None]]:
+        """Yield (text that is complete, token id, its probability) for one new token after another.
+
+        The text never ends inside a UTF-8 character and leaves out a stop text. The last item may
+        carry what was held back, with the id -1.
+        """
+        config = self.config
+        filters = Filters(
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.min_p,
+            config.repetition_penalty,
+        )
+        decoder, watch = StreamDecoder(self.tokenizer), StopText(config.stop)
+        steps = stream(
+            self.model,
+            torch.tensor([ids], device=self.device),
+            config.max_new_tokens,
+            filters=filters,
+            seed=self.seed,
+            first_row=row,
+            probabilities=config.json,
+        )
+        for step in steps:
+            token = int(step.tokens)
+            if token == self.tokenizer.end_of_text_id and not config.ignore_eos:
+                break
+            probability = None if step.probabilities is None else float(step.probabilities)
+            yield watch.feed(decoder.feed(token)), token, probability
+            if watch.found:
+                return
+        rest = watch.feed(decoder.flush())
+        yield rest + watch.flush(), -1, None
+
+
+def run(config: SampleConfig) -> int:
+    """Load, read the prompt, write. Returns the exit code."""
+    device = machine.resolve_device(config.device)
+    machine.check_kernels(config.kernels)
+    machine.set_threads(config.threads)
+    if config.engine == "native":
+        raise UsageError("--engine native: this version of nanogpt has no native engine; use torch")
+    if config.prompt is not None and config.file is not None:
+        raise UsageError("--prompt and --file exclude each other")
+    if config.chat and config.json:
+        raise UsageError("--chat and --json exclude each other")
+    model, tokenizer = checkpoint.load(config.model, device)
+    if tokenizer is None:
+        raise InputError(f"{config.model} holds no tokenizer, so it cannot write text")
+    model.set_kernels(config.kernels)
+    seed = int(torch.seed() % 2**62) if config.seed is None else config.seed
+    writer = Writer(model, tokenizer, device, config, seed)
+    if config.chat:
+        return _chat(writer)
+    prompt = _read_prompt(config)
+    ids = writer.encode(prompt)
+    return _print_json(writer, ids) if config.json else _print_text(writer, ids, prompt)
+
+
+def _read_prompt(config: SampleConfig) -> str:
+    if config.file is None:
+        return config.prompt or ""
+    try:
+        raw = sys.stdin.buffer.read() if config.file == "-" else Path(config.file).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the prompt {config.file}: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{config.file} is not UTF-8 text: bad byte at {error.start}") from None
+
+
+def _print_text(writer: Writer, ids: list[int], prompt: str) -> int:
+    count = writer.config.num_samples
+    for row in range(count):
+        if count > 1:
+            print(f"--- {row + 1} of {count} ---")
+        sys.stdout.write(prompt)
+        for text, _, _ in writer.write(ids, row):
+            if text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        print()
+    return 0
+
+
+def _print_json(writer: Writer, ids: list[int]) -> int:
+    samples = []
+    for row in range(writer.config.num_samples):
+        pieces = list(writer.write(ids, row))
+        drawn = [(token, probability) for _, token, probability in pieces if token >= 0]
+        samples.append(
+            {
+                "text": "".join(text for text, _, _ in pieces),
+                "tokens": [token for token, _ in drawn],
+                "token_probs": [probability for _, probability in drawn],
+            }
+        )
+    print(json.dumps({"samples": samples, "seed": writer.seed, "prompt_tokens": len(ids)}))
+    return 0
+
+
+def _chat(writer: Writer) -> int:
+    """Answer line by line. The history is one growing text, as the model knows no turns.
+
+    Without --stop an answer ends at an empty line. Ctrl-C ends an answer, Ctrl-D the chat.
+    """
+    import dataclasses
+
+    if not writer.config.stop:
+        writer = dataclasses.replace(
+            writer, config=dataclasses.replace(writer.config, stop=("\n\n",))
+        )
+    prompted = sys.stdin.isatty()
+    if prompted:
+        print("Ctrl-C ends an answer, /reset forgets, /exit or Ctrl-D leaves.", file=sys.stderr)
+    history, turn = "", 0
+    while True:
+        try:
+            line = input("> " if prompted else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line == "/exit":
+            return 0
+        if line == "/reset":
+            history = ""
+            continue
+        text = history + line + "\n"
+        try:
+            ids = writer.encode(text)
+        except InputError as error:
+            print(f"{error}", file=sys.stderr)
+            continue
+        history = text
+        try:
+            for piece, _, _ in writer.write(ids, turn):
+                history += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("\n(interrupted)", file=sys.stderr)
+        print(flush=True)
+        history += "" if history.endswith("\n") else "\n"
+        turn += 1

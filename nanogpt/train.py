@@ -1,0 +1,462 @@
+"""Train a GPT on text: `python -m nanogpt.train --text book.txt`.
+
+The file reads as the story of a run: `run` checks everything that can be wrong before it touches a
+file, `_train` is the loop, `_finish` leaves the model file, the report and a sample.
+"""
+
+if __name__ == "__main__":
+    # Before torch is imported, so that --help is quick; the module then runs under its own name.
+    import sys
+
+    from nanogpt.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt import checkpoint, machine
+from nanogpt.config import TrainConfig, shape_from_flags
+from nanogpt.data import Corpus, gather, prepare
+from nanogpt.decoding import generate
+from nanogpt.errors import NanoGPTError, UsageError
+from nanogpt.model import GPT
+from nanogpt.plan import (
+    Plan,
+    bpe_vocab_size,
+    check_against_initial,
+    first_difference,
+    make_identity,
+    make_plan,
+    run_path,
+)
+from nanogpt.progress import TrainingProgress
+from nanogpt.reporter import Reporter, flags_as_text
+from nanogpt.run_directory import Checkpoint, RunDirectory
+from nanogpt.trainer import (
+    Position,
+    Trainer,
+    evaluate,
+    make_trainer,
+    optimizer_step,
+    overfits,
+)
+
+_DIVERGED_AFTER = 100
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def run(config: TrainConfig) -> int:
+    """Check, plan, train, finish. Returns the exit code."""
+    say = _quiet if config.json else _say
+    output = Path(config.output)
+    _check_output(output)
+    device = machine.resolve_device(config.device)
+    dtype, why_dtype = machine.resolve_dtype(config.dtype, device)
+    choices = {
+        "device": str(device),
+        "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
+        "kernels": machine.check_kernels(config.kernels),
+        "threads": machine.set_threads(config.threads),
+        "compile": "torch.compile (asked for)" if config.compile else "no",
+    }
+    initial = checkpoint.load(config.init)[0] if config.init else None
+    check_against_initial(config, initial)
+    if initial is None:
+        shape_from_flags(config, vocab_size=257)  # heads and widths, before any reading
+    with _terminable():
+        corpus = prepare(
+            config.text or None,
+            tokenizer_kind=config.tokenizer or "char",
+            vocab_size=bpe_vocab_size(config, say),
+            tokenizer=initial.tokenizer if initial else None,
+            encoding_errors=config.encoding_errors,
+            note=say,
+        )
+        plan = make_plan(config, corpus, initial, device, dtype, choices)
+        identity = make_identity(config, corpus, initial)
+        path = run_path(config, corpus, plan.shape, identity)
+        with RunDirectory(path, warn=_say) as folder:
+            start = _find_start(config, folder, identity)
+            if start is not None and start.state["position"]["finished"]:
+                return _already_finished(config, folder, start, output, say)
+            if start is None:
+                # Two checkpoints while a third is written: weights, best and two moments each.
+                folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
+                content = {"identity": identity, "choices": choices, "versions": machine.versions()}
+                folder.begin(content, flags_as_text(config))
+            else:
+                folder.cut_journals(start.state["journals"])
+            trainer = make_trainer(plan, corpus, initial, start)
+            reporter = Reporter(plan, corpus, folder, machine.versions())
+            _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
+            stopped_by = _train(plan, trainer, corpus, folder, reporter)
+            return _finish(plan, trainer, folder, reporter, output, stopped_by)
+
+
+def _train(
+    plan: Plan, trainer: Trainer, corpus: Corpus, folder: RunDirectory, reporter: Reporter
+) -> int | None:
+    """The loop. Returns the signal that ended it early, or None."""
+    config, position = plan.config, trainer.position
+    train_tokens, val_tokens = corpus.split(config.val_fraction)
+    model: Callable[..., Any] = torch.compile(trainer.model) if config.compile else trainer.model
+    trainer.model.train()
+    earlier_seconds, started = position.seconds, time.monotonic()
+    failures = 0
+    bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
+    with bar, _signals_noted() as received:
+        while position.step < plan.total_steps and not received:
+            step_started = time.perf_counter()
+            starts = plan.order.starts(position.step)
+            windows = gather(train_tokens, starts, plan.shape.block_size)  # (B, T + 1)
+            loss, grad_norm = optimizer_step(plan, trainer, model, windows)
+            position.step += 1
+            position.row_seconds += time.perf_counter() - step_started
+            position.row_tokens += len(starts) * plan.shape.block_size
+
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                position.loss_sum += loss
+                position.loss_count += 1
+                failures = 0
+            else:
+                failures += 1
+                _report_skipped(position, folder, bar, loss, grad_norm, failures)
+            bar.update(position.step, loss, position.row_tokens / max(position.row_seconds, 1e-9))
+
+            position.finished = position.step == plan.total_steps
+            evaluate_now = position.finished or position.step % plan.eval_interval == 0
+            if not evaluate_now and position.step % plan.log_interval:
+                continue
+            row = _metrics_row(plan, position)
+            if evaluate_now:
+                row |= _evaluate_and_judge(plan, trainer, val_tokens, row, folder, bar)
+            position.seconds = earlier_seconds + time.monotonic() - started
+            row["seconds"] = round(position.seconds, 3)
+            folder.append("metrics.jsonl", row)
+            reporter.scalars(row)
+            if evaluate_now:
+                _write_sample(plan, trainer, folder, reporter)
+                _save_checkpoint(trainer, folder, bar)
+                reporter.write(position, "running")
+        position.seconds = earlier_seconds + time.monotonic() - started
+        if received and not position.finished:
+            name = signal.Signals(received[0]).name
+            _event(
+                folder, bar, position.step, "interrupted", f"{name} after {position.step:,} steps"
+            )
+            _save_checkpoint(trainer, folder, bar)
+            return received[0]
+    return None
+
+
+def _metrics_row(plan: Plan, position: Position) -> dict[str, Any]:
+    """The line of metrics for the steps since the last one, whose counters start again."""
+    mean = position.loss_sum / position.loss_count if position.loss_count else None
+    row = {
+        "step": position.step,
+        "epoch": round(position.step / plan.order.steps_per_epoch, 4),
+        "train_loss": mean,
+        "learning_rate": plan.learning_rate(position.step - 1),
+        "tokens_per_second": round(position.row_tokens / max(position.row_seconds, 1e-9), 1),
+    }
+    position.loss_sum, position.loss_count = 0.0, 0
+    position.row_seconds, position.row_tokens = 0.0, 0
+    return row
+
+
+def _evaluate_and_judge(
+    plan: Plan,
+    trainer: Trainer,
+    val_tokens: np.ndarray,
+    row: dict[str, Any],
+    folder: RunDirectory,
+    bar: TrainingProgress,
+) -> dict[str, float]:
+    """The validation part of a row of metrics; notes the best model and raises the alarm."""
+    position = trainer.position
+    if plan.bytes_per_target is None:  # no validation text: the last model is the best one
+        trainer.best, position.best_step = trainer.model, position.step
+        return {}
+    val_loss = evaluate(trainer.model, val_tokens, device=plan.device, dtype=plan.dtype)
+    is_best = position.best_val_loss is None or val_loss < position.best_val_loss
+    if is_best:
+        position.best_step, position.best_val_loss = position.step, val_loss
+        trainer.best = trainer.model
+    bits = plan.bits_per_byte(val_loss)
+    bar.evaluated(position.step, val_loss, bits, is_best)
+    if row["train_loss"] is not None:
+        position.recent = [*position.recent[-2:], [row["train_loss"], val_loss]]
+    if overfits(position.recent):
+        message = (
+            f"validation rises while training falls: the best model was at step "
+            f"{position.best_step:,}; more text, a smaller model or --dropout would help"
+        )
+        _event(folder, bar, position.step, "overfitting", message)
+        position.recent.clear()
+    return {"val_loss": val_loss, "val_bits_per_byte": bits}
+
+
+def _report_skipped(
+    position: Position,
+    folder: RunDirectory,
+    bar: TrainingProgress,
+    loss: float,
+    grad_norm: float,
+    failures: int,
+) -> None:
+    position.skipped_steps += 1
+    message = f"step {position.step:,} was skipped: loss {loss:g}, gradient norm {grad_norm:g}"
+    _event(folder, bar, position.step, "skipped", message)
+    if failures >= _DIVERGED_AFTER:
+        raise NanoGPTError(
+            f"{failures} steps in a row had no finite loss and gradient: a smaller "
+            f"--learning-rate or --dtype float32 may help"
+        )
+
+
+def _event(folder: RunDirectory, bar: TrainingProgress, step: int, kind: str, message: str) -> None:
+    bar.say(f"note: {message}")
+    folder.append("events.jsonl", {"step": step, "kind": kind, "message": message})
+
+
+def _write_sample(plan: Plan, trainer: Trainer, folder: RunDirectory, reporter: Reporter) -> None:
+    if plan.config.sample_tokens:
+        text = _sample(trainer.model, plan.device, plan.config)
+        folder.append("samples.jsonl", {"step": trainer.position.step, "text": text})
+        reporter.text(trainer.position.step, text)
+
+
+def _sample(model: GPT, device: torch.device, config: TrainConfig) -> str:
+    """Text from the beginning of a document; the same draws at every evaluation."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    start = torch.tensor([[tokenizer.end_of_text_id]], device=device)
+    out = generate(model, start, config.sample_tokens, temperature=0.8, seed=config.seed)
+    return tokenizer.decode(out[0].tolist())
+
+
+def _save_checkpoint(trainer: Trainer, folder: RunDirectory, bar: TrainingProgress) -> None:
+    """Save; a failure leaves the run going on with the checkpoint before it."""
+    state = {
+        "position": dataclasses.asdict(trainer.position),
+        "journals": folder.journal_sizes(),
+    }
+    best = trainer.model if trainer.best is None else trainer.best
+    try:
+        saved = folder.save(trainer.position.step, trainer.model, trainer.state(), state, best)
+        trainer.best = saved.folder / "best.safetensors"
+    except OSError as error:
+        if best is trainer.model:
+            trainer.best = copy.deepcopy(trainer.model)
+        reason = error.strerror or error
+        bar.say(f"WARNING: the checkpoint of step {trainer.position.step:,} failed: {reason}")
+
+
+def _find_start(
+    config: TrainConfig, folder: RunDirectory, identity: dict[str, Any]
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to begin.
+
+    Raises: UsageError where the directory holds another configuration's run.
+    """
+    try:
+        found = folder.read_identity()
+    except NanoGPTError:
+        if config.resume != "never":
+            raise
+        return None
+    if found is None:
+        return None
+    difference = first_difference(found["identity"], identity)
+    if difference:
+        raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
+    return None if config.resume == "never" else folder.newest()
+
+
+def _introduce(
+    plan: Plan,
+    corpus: Corpus,
+    folder: RunDirectory,
+    trainer: Trainer,
+    baselines: dict[str, float],
+    say: Callable[[str], None],
+) -> None:
+    shape = plan.shape
+    say(
+        f"text {corpus.name}: {corpus.n_bytes:,} bytes, {corpus.n_tokens:,} tokens of a "
+        f"{corpus.tokenizer.kind} vocabulary of {shape.vocab_size:,}"
+    )
+    say(
+        f"model: {shape.n_parameters():,} parameters, {shape.n_layer} layers, {shape.n_head} heads, "
+        f"width {shape.n_embd}, context {shape.block_size}"
+    )
+    say(
+        f"run: {plan.total_steps:,} steps of {plan.config.batch_size} sequences, "
+        f"{plan.total_steps / plan.order.steps_per_epoch:.2f} epochs, in {folder.path}"
+    )
+    for name, choice in plan.choices.items():
+        say(f"{name}: {choice}")
+    if baselines:
+        shown = ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items())
+        say(f"to beat, in bits a byte: {shown}")
+    if plan.bytes_per_target is None:
+        say("no text is held out: no validation, and the last model counts as the best")
+    if trainer.position.step:
+        say(f"going on from step {trainer.position.step:,}")
+
+
+def _finish(
+    plan: Plan,
+    trainer: Trainer,
+    folder: RunDirectory,
+    reporter: Reporter,
+    output: Path,
+    stopped_by: int | None,
+) -> int:
+    """Leave the model file, the report and a sample; or say how to go on."""
+    config, position = plan.config, trainer.position
+    say = _quiet if config.json else _say
+    reporter.close()
+    status = "finished" if stopped_by is None else "interrupted"
+    report = reporter.write(position, status)
+    summary = {
+        "status": status,
+        "steps": position.step,
+        "best_step": position.best_step,
+        "val_loss": position.best_val_loss,
+        "val_bits_per_byte": None,
+        "baselines_bits_per_byte": reporter.baselines,
+        "seconds": round(position.seconds, 3),
+        "output": str(output),
+        "run_dir": str(folder.path),
+        "report": str(report),
+    }
+    if position.best_val_loss is not None:
+        summary["val_bits_per_byte"] = plan.bits_per_byte(position.best_val_loss)
+    if stopped_by is not None:
+        say(f"saved after {position.step:,} steps; the same command goes on from here")
+    else:
+        best = trainer.best if isinstance(trainer.best, GPT) else None
+        if best is None:
+            assert isinstance(trainer.best, Path)
+            best = checkpoint.load(trainer.best)[0]
+        _write_output(best, output)
+        say(f"wrote {output}: the best model, of step {position.best_step:,}")
+        say(f"report: {report}")
+        if config.sample_tokens and not config.json:
+            print(_sample(best.to(plan.device), plan.device, config))
+    if config.json:
+        print(json.dumps(summary))
+    return 0 if stopped_by is None else _EXIT_CODES[signal.Signals(stopped_by)]
+
+
+def _already_finished(
+    config: TrainConfig,
+    folder: RunDirectory,
+    start: Checkpoint,
+    output: Path,
+    say: Callable[[str], None],
+) -> int:
+    """The same command again: say so, and bring back what is missing."""
+    say(f"this run is finished, in {folder.path} (--resume never trains anew)")
+    if not output.exists():
+        _write_output(start.load_model("best"), output)
+        say(
+            f"wrote {output} again: the best model, of step {start.state['position']['best_step']:,}"
+        )
+    if config.json:
+        position = start.state["position"]
+        summary = {
+            "status": "finished",
+            "steps": position["step"],
+            "best_step": position["best_step"],
+            "val_loss": position["best_val_loss"],
+            "seconds": position["seconds"],
+            "output": str(output),
+            "run_dir": str(folder.path),
+            "report": str(folder.path / "report.html"),
+        }
+        print(json.dumps(summary))
+    return 0
+
+
+def _write_output(model: GPT, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(model, output)
+
+
+def _check_output(output: Path) -> None:
+    """Raises: UsageError where --output could not be written at the end."""
+    checkpoint.check_suffix(output)
+    if output.exists() and not output.is_file():
+        raise UsageError(f"--output {output} exists and is not a file")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
+        yield received
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the process in order, so that temporary files go."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(_EXIT_CODES[signal.SIGTERM])
+
+    with _handlers({signal.SIGTERM: leave}):
+        yield
+
+
+@contextmanager
+def _handlers(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
+    before = {}
+    with suppress(ValueError):  # only the main thread may set them
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _quiet(message: str) -> None:
+    pass

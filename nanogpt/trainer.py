@@ -1,0 +1,172 @@
+"""The moving parts of a run: model, optimizer, position; one step and one evaluation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt import machine
+from nanogpt.data import Corpus, gather, validation_windows
+from nanogpt.model import GPT
+from nanogpt.plan import Plan
+from nanogpt.run_directory import Checkpoint
+
+_EVALUATION_TOKENS = 16_384
+
+
+@dataclass
+class Position:
+    """Where a run is; saved in every checkpoint and restored from it.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: time of all processes of the run so far.
+        loss_sum, loss_count: the training losses since the last row of metrics.
+        row_seconds, row_tokens: time and tokens of the steps since then.
+        recent: [training, validation] loss of the last evaluations, for the alarm.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    row_seconds: float = 0.0
+    row_tokens: int = 0
+    skipped_steps: int = 0
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    recent: list[list[float]] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass
+class Trainer:
+    """The moving parts of a run."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    position: Position
+    best: GPT | Path | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+
+def make_trainer(
+    plan: Plan, corpus: Corpus, initial: GPT | None, start: Checkpoint | None
+) -> Trainer:
+    """Model, optimizer and scaler, new or as they were saved."""
+    torch.manual_seed(plan.config.seed)
+    model = start.load_model() if start else GPT(plan.shape)
+    model.config = plan.shape
+    if start is None and initial is not None:
+        model.load_state_dict(initial.state_dict())
+    model.tokenizer = corpus.tokenizer
+    model.calibration_temperature = None  # fitted to other weights
+    model.set_kernels(plan.config.kernels).to(plan.device)
+    optimizer = make_optimizer(model, plan)
+    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
+    trainer = Trainer(model, optimizer, scaler, Position())
+    if start is not None:
+        saved = start.load_trainer()
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        trainer.position = Position(**start.state["position"])
+        trainer.best = start.folder / "best.safetensors"
+    return trainer
+
+
+def make_optimizer(model: GPT, plan: Plan) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, fused where torch has it.
+
+    Source: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv:1711.05101).
+    """
+    config = plan.config
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=betas, fused=True)
+
+
+def optimizer_step(
+    plan: Plan, trainer: Trainer, model: Callable[..., Any], windows: np.ndarray
+) -> tuple[float, float]:
+    """One step over a batch of windows (B, T + 1): mean loss in nats and the gradient's norm.
+
+    The weights stay as they are where either is not finite.
+    """
+    position, config = trainer.position, plan.config
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = plan.learning_rate(position.step)
+    total = 0.0
+    for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
+        part = torch.from_numpy(windows[first : first + plan.micro_batch_size]).to(plan.device)
+        if plan.shape.dropout:
+            _seed_dropout(config.seed, position.step, index)
+        with machine.autocast(plan.device, plan.dtype):
+            _, loss = model(part[:, :-1], part[:, 1:])
+        loss = loss * (len(part) / len(windows))  # windows are equally long: a mean over targets
+        trainer.scaler.scale(loss).backward()
+        total += float(loss.detach())
+    trainer.scaler.unscale_(trainer.optimizer)
+    limit = config.grad_clip or math.inf
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
+    if math.isfinite(total) and math.isfinite(grad_norm):
+        trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return total, grad_norm
+
+
+def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Dropout masks are a function of (seed, step, micro-batch), so that a resumed run repeats them."""
+    words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GPT, tokens: np.ndarray, *, device: torch.device, dtype: torch.dtype = torch.float32
+) -> float:
+    """Mean loss in nats per target over all of `tokens`, in consecutive windows of the context.
+
+    Args:
+        tokens: (n,) ids, n >= 2; the n - 1 targets count once each.
+    """
+    was_training = model.training
+    model.eval()
+    block = model.config.block_size
+    batch = max(1, _EVALUATION_TOKENS // block)
+    total, count = 0.0, 0
+    for starts, length in validation_windows(len(tokens), block):
+        for first in range(0, len(starts), batch):
+            windows = gather(tokens, starts[first : first + batch], length)
+            part = torch.from_numpy(windows).to(device)
+            with machine.autocast(device, dtype):
+                _, loss = model(part[:, :-1], part[:, 1:])
+            targets = len(part) * length
+            total += float(loss) * targets
+            count += targets
+    model.train(was_training)
+    return total / count
+
+
+def overfits(recent: list[list[float]]) -> bool:
+    """Whether validation rose twice in a row while training fell.
+
+    Args:
+        recent: [training, validation] losses of the last three evaluations.
+    """
+    if len(recent) < 3:
+        return False
+    (train_0, val_0), (_, val_1), (train_2, val_2) = recent[-3:]
+    return val_0 < val_1 < val_2 and train_2 < train_0

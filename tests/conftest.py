@@ -1,0 +1,59 @@
+"""Shared fixtures: real data, small models, and a command line that runs in this process."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt import cli
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data, from $NANOGPT_DATA."""
+    folder = os.environ.get("NANOGPT_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("real data: set NANOGPT_DATA to its folder")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has its own token cache and cannot see the user's."""
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "token-cache"))
+    monkeypatch.delenv("NANOGPT_TRACEBACK", raising=False)
+    torch.manual_seed(0)
+
+
+@dataclass
+class Outcome:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command in this process: nanogpt("train", "--text", path)."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """About 6,000 characters of text with some structure to learn."""
+    path = tmp_path / "text.txt"
+    lines = [f"{n} times {m} is {n * m}.\n" for n in range(2, 22) for m in range(2, 22)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

@@ -1,0 +1,168 @@
+"""The rules of the house: who may import whom, what the wheel holds, what the README says."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "nanogpt"
+
+# A module may import only from its own layer's list, all of which lie below it.
+PURE = {"errors", "config", "tokenizer"}
+MODEL = PURE | {"kernels", "cache", "metadata", "model", "decoding"}
+FILES = MODEL | {"checkpoint", "data", "baselines", "machine", "report"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "tokenizer": {"errors"},
+    "kernels": set(),
+    "cache": {"config"},
+    "metadata": set(),
+    "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
+    "decoding": {"cache", "model", "tokenizer"},
+    "baselines": set(),
+    "report": set(),
+    "data": {"errors", "tokenizer"},
+    "checkpoint": MODEL,
+    "machine": {"errors", "kernels"},
+    "run_directory": MODEL | {"checkpoint"},
+    "progress": set(),
+    "plan": FILES | {"run_directory"},
+    "trainer": FILES | {"plan", "run_directory"},
+    "reporter": FILES | {"plan", "run_directory", "trainer"},
+    "train": FILES | {"plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    "sample": FILES | {"cli"},
+    "doctor": FILES | {"cli"},
+    "cli": {"config", "errors"},
+    "__init__": MODEL | {"checkpoint"},
+    "__main__": {"cli"},
+    "export": FILES,
+}
+NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Full names of what a file imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_imports_only_from_below():
+    for path, room in modules():
+        assert room in ALLOWED, f"{room} has no place in the layers"
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "nanogpt" and parts[1] not in ("__version__", room):
+                target = {"GPT": "model", "load": "checkpoint"}.get(parts[1], parts[1])
+                assert target in ALLOWED[room], f"{path.name} imports {name}"
+
+
+def test_nothing_imports_tests_or_benchmarks():
+    for path, _ in modules():
+        assert not [n for n in imports(path) if n.split(".")[0] in ("tests", "benchmarks")]
+
+
+def test_what_help_needs_imports_no_torch():
+    for path, room in modules():
+        if room in NO_TORCH:
+            assert not [n for n in imports(path) if n.split(".")[0] == "torch"], path.name
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    names = {path.stem for path, _ in modules()}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "core", "base"}
+
+
+def test_torch_jit_stands_in_the_torchscript_exporter_alone():
+    for path, _ in modules():
+        if path.name != "torchscript.py":
+            assert "torch.jit" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_the_links_lead_into_the_package():
+    for name in ("kernels", "export"):
+        assert (ROOT / name).is_symlink()
+        assert (ROOT / name).resolve() == PACKAGE / name
+
+
+def test_torch_never_stands_in_the_build_requirements():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert not [r for r in project["build-system"]["requires"] if "torch" in r]
+    assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.M)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"nanogpt"}
+    shipped = {name for name in names if name.startswith("nanogpt/")}
+    own = subprocess.run(
+        ["git", "ls-files", "nanogpt"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not own:
+        pytest.skip("not a git checkout")
+    assert set(own) - {"nanogpt/export/.gitkeep"} == shipped
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_tree_is_the_disks():
+    block = re.search(r"```text\n(nanogpt/\n.*?)```", readme(), re.S)
+    assert block, "the README shows the tree"
+    listed = set(re.findall(r"^  ([a-z_]+(?:\.py|/))", block[1].split("\ncsrc/")[0], re.M))
+    on_disk = {
+        path.name + ("/" if path.is_dir() else "")
+        for path in PACKAGE.iterdir()
+        if (path.suffix == ".py" or path.is_dir()) and not path.name.startswith("__")
+    }
+    assert listed == on_disk
+
+
+def test_every_command_stands_in_the_readme():
+    from nanogpt.cli import COMMANDS
+
+    for name in COMMANDS:
+        assert f"python -m nanogpt.{name}" in readme()
+
+
+def test_every_flag_the_readme_shows_exists():
+    from nanogpt.cli import COMMANDS
+
+    known = {"--help", "--config", "--version"}
+    for config, _ in COMMANDS.values():
+        for name in config.__dataclass_fields__:
+            flag = name.replace("_", "-")
+            known |= {f"--{flag}", f"--no-{flag}"}
+    code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme(), re.S))
+    lines = [line.split("#")[0] for line in code.splitlines() if "nanogpt" in line]
+    used = {flag for line in lines for flag in re.findall(r"(?<!\S)--[a-z-]+", line)}
+    assert used
+    assert used <= known
+
+
+def test_the_makefile_lists_what_the_readme_names():
+    targets = set(re.findall(r"^([a-z-]+):.*?##", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)`", readme())) <= targets

@@ -1,0 +1,502 @@
+"""Training as a user runs it: what it learns, what it leaves, how it goes on, what it refuses."""
+
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogpt as package
+from nanogpt import train as train_module
+from nanogpt.config import TrainConfig
+from nanogpt.plan import first_difference
+from nanogpt.trainer import evaluate, overfits
+
+SMALL = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
+QUICK = (*SMALL, "--sample-tokens", 8, "--no-tensorboard")
+
+
+@pytest.fixture
+def train(nanogpt, tmp_path, monkeypatch):
+    """Run `train` with a small model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return nanogpt("train", *QUICK, *arguments)
+
+    return run
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return dict(package.load(path)[0].named_parameters())
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def rows(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
+
+
+def test_the_seed_command_learns_and_leaves_a_model_and_a_run_directory(train, text_file, tmp_path):
+    outcome = train("--text", text_file, "--epochs", 3, "--output", "gpt.pth", "--run-dir", "run")
+    assert outcome.code == 0, outcome.err
+    metrics = rows("run")
+    assert metrics[-1]["val_loss"] < 2.0 < 2.6 < metrics[0]["train_loss"]
+    for key in ("step", "train_loss", "tokens_per_second", "learning_rate", "seconds"):
+        assert key in metrics[0]
+    steps = [row["step"] for row in metrics]
+    assert steps == sorted(set(steps))
+    for name in ("report.html", "config.yaml", "run.json", "samples.jsonl"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    model, tokenizer = package.load("gpt.pth")
+    assert len(tokenizer.stoi) == tokenizer.vocab_size == model.config.vocab_size
+    assert outcome.out.strip()  # a sample
+
+
+def test_the_model_file_is_the_best_of_the_run(train, text_file):
+    train("--text", text_file, "--epochs", 2, "--run-dir", "run", "--eval-interval", 5)
+    model, tokenizer = package.load("gpt.pth")
+    best = min(row["val_loss"] for row in rows("run") if "val_loss" in row)
+    ids = tokenizer.encode(text_file.read_text())
+    tokens = torch.tensor([tokenizer.end_of_text_id, *ids]).numpy()
+    val = tokens[int(len(tokens) * 0.9) :]
+    assert evaluate(model, val, device=torch.device("cpu")) == pytest.approx(best, abs=1e-6)
+
+
+def test_validation_loss_is_the_mean_over_every_target_in_consecutive_windows(train, text_file):
+    train("--text", text_file, "--max-steps", 3, "--output", "m.safetensors")
+    model, tokenizer = package.load("m.safetensors")
+    tokens = torch.tensor(tokenizer.encode(text_file.read_text()[:1003]))
+    nats = []
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        logp = model(window[None, :-1])[0].double().log_softmax(-1)[0]
+        nats += [-logp[i, t].item() for i, t in enumerate(window[1:])]
+    assert len(nats) == 1002
+    got = evaluate(model, tokens.numpy(), device=torch.device("cpu"))
+    assert got == pytest.approx(sum(nats) / len(nats), abs=1e-6)
+
+
+def test_bits_per_byte_count_raw_bytes_not_tokens(train, tmp_path):
+    (tmp_path / "greek.txt").write_text("αβγδ εζηθ\n" * 400, encoding="utf-8")
+    train("--text", "greek.txt", "--max-steps", 2, "--run-dir", "run")
+    row = [row for row in rows("run") if "val_loss" in row][-1]
+    text = ("αβγδ εζηθ\n" * 400)[-400:]
+    per_char = len(text[1:].encode()) / len(text[1:])
+    want = row["val_loss"] / math.log(2) / per_char
+    assert row["val_bits_per_byte"] == pytest.approx(want, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_every_tokenizer_trains_and_stands_in_the_model_file(train, text_file, kind):
+    outcome = train("--text", text_file, "--max-steps", 2, "--tokenizer", kind, "--vocab-size", 300)
+    assert outcome.code == 0, outcome.err
+    assert ("is ignored" in outcome.err) == (kind != "bpe")
+    _, tokenizer = package.load("gpt.pth")
+    assert tokenizer.kind == kind
+    assert tokenizer.decode(tokenizer.encode("12 times 7")) == "12 times 7"
+
+
+def test_json_prints_one_object_and_nothing_else(train, text_file):
+    outcome = train("--text", text_file, "--max-steps", 3, "--json")
+    summary = json.loads(outcome.out)
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 3
+    assert summary["val_loss"] > 0
+    again = json.loads(train("--text", text_file, "--max-steps", 3, "--json").out)
+    assert again["status"] == "finished"
+    assert again["run_dir"] == summary["run_dir"]
+
+
+def test_gradient_accumulation_gives_the_same_training(train, text_file):
+    for micro in (8, 3, 1):
+        train("--text", text_file, "--max-steps", 6, "--micro-batch-size", micro,
+              "--output", f"{micro}.pth")  # fmt: skip
+    whole = weights("8.pth")
+    for micro in (3, 1):
+        for name, value in weights(f"{micro}.pth").items():
+            assert torch.allclose(value, whole[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("extra", [(), ("--dropout", 0.2, "--micro-batch-size", 4)])
+def test_an_interrupted_run_goes_on_to_bit_identical_weights(train, text_file, monkeypatch, extra):
+    common = ("--text", text_file, "--max-steps", 20, "--eval-interval", 6, *extra)
+    assert train(*common, "--output", "whole.pth", "--run-dir", "whole").code == 0
+
+    real = train_module.optimizer_step
+
+    def interrupt_at(step, number):
+        def stepping(plan, trainer, model, windows):
+            if trainer.position.step == step:
+                os.kill(os.getpid(), number)
+            return real(plan, trainer, model, windows)
+
+        monkeypatch.setattr(train_module, "optimizer_step", stepping)
+
+    parts = ("--output", "parts.pth", "--run-dir", "parts")
+    interrupt_at(4, signal.SIGINT)
+    assert train(*common, *parts).code == 130
+    interrupt_at(13, signal.SIGTERM)
+    assert train(*common, *parts).code == 143
+    assert not Path("parts.pth").exists()
+    monkeypatch.setattr(train_module, "optimizer_step", real)
+    assert train(*common, *parts).code == 0
+
+    assert_same_weights("whole.pth", "parts.pth")
+    assert Path("whole.pth").read_bytes() == Path("parts.pth").read_bytes()
+    timing = ("seconds", "tokens_per_second")
+    whole, parts = (
+        [{k: v for k, v in row.items() if k not in timing} for row in rows(name)]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert rows("whole", "samples.jsonl") == rows("parts", "samples.jsonl")
+    seconds = [row["seconds"] for row in rows("parts")]
+    assert seconds == sorted(seconds)
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(train, text_file, tmp_path):
+    """A real SIGKILL of a real process, in the middle of a run."""
+    common = ["--text", text_file, "--max-steps", 200, "--eval-interval", 20]
+    command = ["train", *QUICK, *common, "--output", "killed.pth", "--run-dir", "killed"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanogpt", *map(str, command)],
+        cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "killed").glob("checkpoints/0*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not Path("killed.pth").exists()
+    outcome = train(*common, "--output", "killed.pth", "--run-dir", "killed")
+    assert outcome.code == 0
+    assert "going on from step" in outcome.err
+    assert train(*common, "--output", "whole.pth", "--run-dir", "whole").code == 0
+    assert_same_weights("whole.pth", "killed.pth")
+    assert [r["step"] for r in rows("killed")] == [r["step"] for r in rows("whole")]
+
+
+def test_a_finished_run_says_so_and_restores_a_missing_output(train, text_file):
+    common = ("--text", text_file, "--max-steps", 4)
+    train(*common)
+    before = Path("gpt.pth").read_bytes()
+    Path("gpt.pth").unlink()
+    outcome = train(*common)
+    assert outcome.code == 0
+    assert "this run is finished" in outcome.err
+    assert Path("gpt.pth").read_bytes() == before
+
+
+def test_resume_never_trains_anew_and_the_result_is_the_same(train, text_file):
+    common = ("--text", text_file, "--max-steps", 4, "--run-dir", "run")
+    train(*common)
+    before = Path("gpt.pth").read_bytes()
+    outcome = train(*common, "--resume", "never")
+    assert outcome.code == 0
+    assert "finished, in" not in outcome.err
+    assert Path("gpt.pth").read_bytes() == before
+    assert len(rows("run")) == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(train, text_file):
+    common = ("--text", text_file, "--max-steps", 12, "--eval-interval", 4, "--run-dir", "run")
+    train(*common)
+    before = Path("gpt.pth").read_bytes()
+    Path("gpt.pth").unlink()
+    newest = Path("run/checkpoints/00000012/trainer.pt")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    outcome = train(*common)
+    assert outcome.code == 0
+    assert "passed over the checkpoint" in outcome.err
+    assert "going on from step 8" in outcome.err
+    assert Path("gpt.pth").read_bytes() == before
+
+
+def test_another_configuration_in_a_named_directory_is_refused(train, text_file):
+    train("--text", text_file, "--max-steps", 4, "--run-dir", "run")
+    metrics = Path("run/metrics.jsonl").read_bytes()
+    outcome = train("--text", text_file, "--max-steps", 5, "--run-dir", "run")
+    assert outcome.code == 2
+    assert "its --max-steps is 4, not 5" in outcome.err
+    text_file.write_text(text_file.read_text() + "more")
+    outcome = train("--text", text_file, "--max-steps", 4, "--run-dir", "run")
+    assert outcome.code == 2
+    assert "its text differs" in outcome.err
+    assert Path("run/metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_folder_with_other_things_is_not_taken_for_a_run(train, text_file):
+    Path("precious/checkpoints").mkdir(parents=True)
+    Path("precious/checkpoints/thesis.txt").write_text("precious")
+    outcome = train("--text", text_file, "--max-steps", 4, "--run-dir", "precious")
+    assert outcome.code == 2
+    assert "is not a run directory" in outcome.err
+    assert Path("precious/checkpoints/thesis.txt").read_text() == "precious"
+
+
+def test_two_trainings_in_one_directory_are_refused(train, text_file):
+    from nanogpt.run_directory import RunDirectory
+
+    with RunDirectory(Path("run"), warn=print):
+        outcome = train("--text", text_file, "--max-steps", 4, "--run-dir", "run")
+    assert outcome.code == 2
+    assert "another process is training in run" in outcome.err
+
+
+def test_resume_takes_the_path_of_a_run(train, text_file):
+    common = ("--text", text_file, "--max-steps", 4)
+    train(*common, "--run-dir", "elsewhere")
+    Path("gpt.pth").unlink()
+    assert "finished" in train(*common, "--resume", "elsewhere").err
+    outcome = train(*common, "--resume", "nowhere")
+    assert (outcome.code, "there is no run directory" in outcome.err) == (3, True)
+
+
+def test_init_continues_from_a_models_weights_and_tokenizer(train, text_file):
+    train("--text", text_file, "--epochs", 3, "--output", "first.pth", "--run-dir", "one")
+    outcome = train("--text", text_file, "--init", "first.pth", "--max-steps", 1,
+                    "--learning-rate", 1e-6, "--run-dir", "two")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    best = min(row["val_loss"] for row in rows("one") if "val_loss" in row)
+    assert rows("two")[-1]["val_loss"] == pytest.approx(best, abs=1e-3)
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_reported(train, text_file, monkeypatch):
+    real = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def sometimes_nan(parameters, limit):
+        calls.append(1)
+        return torch.tensor(math.nan) if len(calls) == 3 else real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
+    outcome = train("--text", text_file, "--max-steps", 6, "--run-dir", "run")
+    assert outcome.code == 0
+    assert "step 3 was skipped" in outcome.err
+    assert rows("run", "events.jsonl")[0]["kind"] == "skipped"
+    assert all(torch.isfinite(p).all() for p in weights("gpt.pth").values())
+
+
+def test_a_run_that_only_diverges_ends_with_a_sentence(train, text_file, monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(math.inf)
+    )
+    outcome = train("--text", text_file, "--max-steps", 150)
+    assert outcome.code == 1
+    assert "100 steps in a row had no finite loss" in outcome.err
+
+
+def test_a_failed_checkpoint_leaves_the_run_going_on(train, text_file, monkeypatch):
+    from nanogpt.run_directory import RunDirectory
+
+    real = RunDirectory.save
+
+    def fail_once(self, step, *rest):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(RunDirectory, "save", fail_once)
+    outcome = train("--text", text_file, "--max-steps", 8, "--eval-interval", 4)
+    assert outcome.code == 0
+    assert "WARNING: the checkpoint of step 4 failed" in outcome.err
+    assert Path("gpt.pth").exists()
+
+
+def test_the_alarm_needs_validation_to_rise_while_training_falls():
+    assert overfits([[1.0, 2.0], [0.9, 2.1], [0.8, 2.2]])
+    assert not overfits([[1.0, 2.0], [0.9, 2.1], [0.8, 2.05]])
+    assert not overfits([[0.8, 2.0], [0.9, 2.1], [1.0, 2.2]])
+    assert not overfits([[0.9, 2.1], [0.8, 2.2]])
+
+
+def test_an_overtrained_model_raises_the_alarm(train, tmp_path):
+    import random
+
+    rng = random.Random(0)
+    text = "".join(rng.choice("abcdefgh ") for _ in range(700))
+    (tmp_path / "noise.txt").write_text(text)
+    outcome = train("--text", "noise.txt", "--epochs", 300, "--n-embd", 64, "--run-dir", "run",
+                    "--eval-interval", 60, "--val-fraction", 0.3)  # fmt: skip
+    assert outcome.code == 0
+    assert "validation rises while training falls" in outcome.err
+    assert "overfitting" in {event["kind"] for event in rows("run", "events.jsonl")}
+    best = min((r for r in rows("run") if "val_loss" in r), key=lambda r: r["val_loss"])
+    assert best["step"] < 300
+
+
+def test_without_validation_text_the_last_model_is_written(train, text_file):
+    outcome = train("--text", text_file, "--max-steps", 3, "--val-fraction", 0, "--run-dir", "run")
+    assert outcome.code == 0
+    assert "no text is held out" in outcome.err
+    assert all("val_loss" not in row for row in rows("run"))
+
+
+def test_the_built_in_text_needs_no_file(train):
+    outcome = train("--max-steps", 2)
+    assert outcome.code == 0, outcome.err
+    assert "python-reference" in outcome.err
+
+
+def test_tensorboard_files_are_written(nanogpt, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--text", text_file, "--max-steps", 3, "--run-dir", "run")
+    assert nanogpt("train", *SMALL, *arguments).code == 0
+    (events,) = Path("run/tensorboard").iterdir()
+    content = events.read_bytes()
+    for tag in (b"train_loss", b"val_loss", b"learning_rate", b"tokens_per_second"):
+        assert tag in content
+
+
+def test_the_written_configuration_repeats_the_run(train, text_file, nanogpt):
+    train("--text", text_file, "--max-steps", 4, "--run-dir", "run", "--learning-rate", "0.002")
+    before = Path("gpt.pth").read_bytes()
+    Path("gpt.pth").unlink()
+    outcome = nanogpt("train", "--config", "run/config.yaml")
+    assert outcome.code == 0, outcome.err
+    assert "this run is finished" in outcome.err
+    assert Path("gpt.pth").read_bytes() == before
+
+
+def test_the_first_difference_of_two_runs_is_named():
+    assert first_difference({"seed": 1}, {"seed": 1}) is None
+    assert first_difference({"seed": 1}, {"seed": 2}) == "its --seed is 1, not 2"
+    assert first_difference({}, {"seed": 2}) == "its --seed is not set, not 2"
+    assert first_difference({"text (SHA-256)": "a"}, {"text (SHA-256)": "b"}) == "its text differs"
+
+
+def test_the_schedule_warms_up_and_ends_at_the_lowest_rate(train, text_file):
+    train("--text", text_file, "--max-steps", 40, "--warmup-steps", 9, "--learning-rate", 1e-2,
+          "--min-lr", 1e-4, "--run-dir", "run")  # fmt: skip
+    rates = [row["learning_rate"] for row in rows("run")]
+    assert rates[0] == pytest.approx(1e-3)
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates.index(max(rates)) == 9
+    assert rates[-1] == pytest.approx(1e-4)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+BAD = {
+    "a missing file": (["--text", "nowhere.txt"], 3, "nowhere.txt"),
+    "an empty file": (["--text", "empty.txt"], 3, "empty.txt"),
+    "a text shorter than a block": (["--text", "short.txt"], 3, "block"),
+    "invalid UTF-8": (["--text", "bad.txt"], 3, "20"),
+    "a folder without text": (["--text", "folder"], 3, "folder"),
+    "heads that do not divide": (["--text", "short.txt", "--n-embd", "30", "--n-head", "4"], 2,
+                                 "n_embd (30) is not a multiple of n_head (4)"),
+    "an unknown flag": (["--epoch", "3"], 2, "--epochs"),
+    "an output in no folder": (["--text", "short.txt", "--output", "empty.txt/gpt.pth"], 2,
+                               "--output"),
+    "an output of another kind": (["--output", "gpt.bin"], 2, ".pth"),
+    "an output that is a folder": (["--output", "folder.pth"], 2, "is not a file"),
+    "a device that is not here": (["--device", "cuda"], 2, "no CUDA device"),
+    "a device that does not exist": (["--device", "abacus"], 2, "--device must be"),
+    "kernels that cannot run": (["--kernels", "triton"], 2, "no Triton kernels"),
+    "a damaged initial model": (["--text", "short.txt", "--init", "damaged.pth"], 3,
+                                "damaged.pth"),
+    "a missing initial model": (["--init", "nowhere.pth"], 3, "there is no model file nowhere.pth"),
+    "a damaged gzip": (["--text", "damaged.gz"], 3, "damaged.gz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_its_code_and_one_sentence_and_writes_nothing(
+    nanogpt, case, tmp_path, monkeypatch
+):
+    if case == "a device that is not here" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("too short")
+    Path("bad.txt").write_bytes(b"twenty good bytes...\xff and more")
+    Path("folder/inner").mkdir(parents=True)
+    Path("folder.pth").mkdir()
+    Path("damaged.pth").write_bytes(b"PK\x03\x04 and then nothing")
+    Path("damaged.gz").write_bytes(gzip.compress(b"x" * 10_000)[:-20])
+    Path("gpt.pth").write_bytes(b"an older model")
+    before = sorted(str(p) for p in tmp_path.rglob("*") if "token-cache" not in str(p))
+    arguments, code, message = BAD[case]
+    outcome = nanogpt("train", *arguments)
+    assert outcome.code == code, outcome.err
+    sentence = outcome.err.splitlines()[-1]
+    assert sentence.startswith("nanogpt train: ")
+    assert message in sentence
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert Path("gpt.pth").read_bytes() == b"an older model"
+    assert sorted(str(p) for p in tmp_path.rglob("*") if "token-cache" not in str(p)) == before
+
+
+def test_a_text_with_characters_the_initial_model_lacks_is_refused(train, text_file, tmp_path):
+    train("--text", text_file, "--max-steps", 2, "--output", "first.pth")
+    (tmp_path / "other.txt").write_text("twelve § times\n" * 50, encoding="utf-8")
+    outcome = train("--text", "other.txt", "--init", "first.pth")
+    assert outcome.code == 3
+    assert "'§'" in outcome.err.splitlines()[-1]
+    outcome = train("--text", text_file, "--init", "first.pth", "--n-embd", 32)
+    assert outcome.code == 2
+    assert "--n-embd 32: the model of --init has 16" in outcome.err
+    outcome = nanogpt_with_bpe(train, text_file)
+    assert "--tokenizer bpe: the model of --init has a char tokenizer" in outcome.err
+
+
+def nanogpt_with_bpe(train, text_file):
+    return train("--text", text_file, "--init", "first.pth", "--tokenizer", "bpe")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_with_a_sentence_and_the_old_file_stays(
+    nanogpt, text_file, tmp_path, monkeypatch
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this system does not let a test mount a small disk")
+    try:
+        (disk / "gpt.pth").write_bytes(b"an older model")
+        monkeypatch.chdir(tmp_path)
+        common = ("train", *QUICK, "--text", text_file, "--max-steps", 3)
+        outcome = nanogpt(*common, "--output", disk / "gpt.pth", "--n-embd", 64)
+        assert outcome.code == 1
+        assert "the disk is full" in outcome.err.splitlines()[-1]
+        assert (disk / "gpt.pth").read_bytes() == b"an older model"
+        assert os.listdir(disk) == ["gpt.pth"]
+        outcome = nanogpt(*common, "--run-dir", disk / "run", "--n-embd", 64)
+        assert outcome.code == 1
+        assert "is full" in outcome.err.splitlines()[-1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_defaults_of_train_are_those_of_gpt():
+    from nanogpt.config import shape_from_flags
+
+    shape = shape_from_flags(TrainConfig(), vocab_size=257)
+    assert shape == package.GPT().config
+
+
+@pytest.mark.slow
+def test_tinyshakespeare_reaches_nanogpts_loss(nanogpt, data_folder, tmp_path, monkeypatch):
+    """nanoGPT's CPU configuration scores 1.8982 over the whole validation part."""
+    monkeypatch.chdir(tmp_path)
+    outcome = nanogpt(
+        "train", "--text", data_folder / "tinyshakespeare.txt", "--block-size", 64,
+        "--batch-size", 12, "--max-steps", 2000, "--json",
+    )  # fmt: skip
+    assert json.loads(outcome.out)["val_loss"] <= 1.8982
