@@ -94,12 +94,13 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _read_pth(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # damaged archives raise a dozen kinds: zip, pickle, unicode, key, runtime …
-        raise InputError(f"{path} cannot be read: it is damaged or not a file of tensors") from None
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # damage shows as a dozen kinds: zip, pickle, key, seek, unicode …
+            raise InputError(
+                f"{path} cannot be read: it is damaged or not a file of tensors"
+            ) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} is not a model file of nanogpt: it holds more than weights")
     extra = state.pop(metadata.KEY, None)
