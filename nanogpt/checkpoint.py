@@ -8,6 +8,7 @@ check sums.
 """
 
 import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def save(model: GPT, path: str | os.PathLike[str]) -> None:
     sealed = metadata.seal(model.describe(), tensors)
     if path.suffix == ".pth":
         state = {**tensors, metadata.KEY: metadata.to_tensor(sealed)}
-        write_atomically(path, lambda file: torch.save(state, file))
+        write_atomically(path, lambda file: write_tensors(state, file))
     else:
         text = metadata.canonical_json(sealed).decode()
         raw = safetensors.torch.save(tensors, metadata={_SAFETENSORS_KEY: text})
@@ -64,9 +65,13 @@ def load(
     if problem:
         raise InputError(f"{path} is damaged: {problem}")
     try:
-        model = GPT(GPTConfig(**content["config"]))
+        config = GPTConfig(**content["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} has no usable configuration: {error}") from None
+    # Before anything is allocated for a shape that the weights do not have.
+    if config.n_parameters() != sum(tensor.numel() for tensor in tensors.values()):
+        raise InputError(f"{path} is damaged: its weights do not fit its configuration")
+    model = GPT(config)
     try:
         model.load_state_dict({**tensors, metadata.KEY: metadata.to_tensor(content)})
     except RuntimeError:
@@ -129,6 +134,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         return tensors, metadata.from_bytes(text.encode())
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from None
+
+
+def write_tensors(state: Any, file: IO[bytes]) -> None:
+    """torch.save by way of memory: on a full disk torch's own writer hides the OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file.write(buffer.getbuffer())
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -69,6 +69,7 @@ class RunDirectory:
         self._journals: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> "RunDirectory":
+        self._refuse_foreign()
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
@@ -87,6 +88,17 @@ class RunDirectory:
         self._journals.clear()
         if self._lock is not None:
             self._lock.close()
+
+    def _refuse_foreign(self) -> None:
+        """Whatever a run would replace must be a run's, not somebody's own files."""
+        if (self.path / "run.json").exists():
+            return
+        for name in ("checkpoints", "tensorboard", "report.html", "config.yaml", *_JOURNALS):
+            found = self.path / name
+            if found.is_file() or (found.is_dir() and any(found.iterdir())):
+                raise UsageError(
+                    f"--run-dir {self.path} is not a run directory but holds {name}: name another"
+                )
 
     # What the run is.
 
@@ -185,7 +197,10 @@ class RunDirectory:
         try:
             checkpoint.save(model, temporary / "model.safetensors")
             _write_best(best, model, temporary)
-            _write_synced(temporary / "trainer.pt", lambda file: torch.save(dict(trainer), file))
+            _write_synced(
+                temporary / "trainer.pt",
+                lambda file: checkpoint.write_tensors(dict(trainer), file),
+            )
             text = json.dumps({**state, "step": step}, indent=1, sort_keys=True)
             _write_synced(temporary / "state.json", lambda file: file.write(text.encode()))
             manifest = {

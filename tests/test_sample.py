@@ -152,7 +152,7 @@ def test_chat_continues_its_history(model_path):
 
 
 def test_chat_goes_on_after_an_unknown_character(model_path):
-    done = chat(model_path, ["§", "abc", "/exit", "never read"])
+    done = chat(model_path, ["§", "abc", "/exit", "never read"], "--stop", "zzzz")
     assert done.returncode == 0
     assert "'§'" in done.stderr
     assert done.stdout.strip()

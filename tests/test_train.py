@@ -442,19 +442,15 @@ def test_bad_input_ends_with_its_code_and_one_sentence_and_writes_nothing(
 
 def test_a_text_with_characters_the_initial_model_lacks_is_refused(train, text_file, tmp_path):
     train("--text", text_file, "--max-steps", 2, "--output", "first.pth")
-    (tmp_path / "other.txt").write_text("twelve § times\n" * 50, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("12 times § is 5.\n" * 50, encoding="utf-8")
     outcome = train("--text", "other.txt", "--init", "first.pth")
     assert outcome.code == 3
     assert "'§'" in outcome.err.splitlines()[-1]
     outcome = train("--text", text_file, "--init", "first.pth", "--n-embd", 32)
     assert outcome.code == 2
     assert "--n-embd 32: the model of --init has 16" in outcome.err
-    outcome = nanogpt_with_bpe(train, text_file)
+    outcome = train("--text", text_file, "--init", "first.pth", "--tokenizer", "bpe")
     assert "--tokenizer bpe: the model of --init has a char tokenizer" in outcome.err
-
-
-def nanogpt_with_bpe(train, text_file):
-    return train("--text", text_file, "--init", "first.pth", "--tokenizer", "bpe")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
