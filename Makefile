@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
 # A wheel index to take torch from instead of the default one, such as PyTorch's own for the CPU.
 TORCH_INDEX ?=
-TRAIN_FLAGS ?= --epochs 6 --batch-size 32 --output gpt.pth
+TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 export NANOGPT_DATA ?= $(wildcard ../shared/data)
 
 RUN := $(VENV)/bin/python
