@@ -76,7 +76,7 @@ def _grams(text: np.ndarray, k: int) -> np.ndarray:
 
 
 def _counts(train: bytes, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct k-grams in order, and their counts (below the highest order: distinct bytes before)."""
+    """Distinct k-grams in order and their counts (lower orders: of distinct bytes before)."""
     text = np.frombuffer(train, dtype=np.uint8)
     if highest:
         return np.unique(_grams(text, k), return_counts=True)

@@ -126,7 +126,7 @@ def _build_parser(command: str, config_class: type) -> argparse.ArgumentParser:
             flag,
             dest=entry.name,
             nargs="+" if many else None,
-            action=_Extend if many else None,
+            action=_Extend if many else "store",
             type=_Converter(flag, kind, entry.metadata),
             metavar=_placeholder(entry, kind),
             help=help_text,

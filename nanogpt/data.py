@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -97,7 +97,7 @@ def _looks_like_text(path: Path) -> bool:
 
 def _file_source(path: Path) -> Source:
     if path.suffix == ".gz":
-        return Source(str(path), lambda: gzip.open(path, "rb"))  # type: ignore[return-value]
+        return Source(str(path), lambda: cast(IO[bytes], gzip.open(path, "rb")))
     return Source(str(path), lambda: path.open("rb"))
 
 
@@ -116,7 +116,6 @@ def _spool_standard_input() -> Source:
 def _builtin_source() -> Source:
     """The Python language reference that ships in every CPython."""
     import io
-
     from pydoc_data.topics import topics
 
     raw = "\n\n".join(topics[name] for name in sorted(topics)).encode()

@@ -223,8 +223,7 @@ def stream(
         noise = GumbelNoise(seed, config.vocab_size, batch, first_row=first_row, device=device)
     cache = None
     if use_cache:
-        weight = model.transformer["wte"].weight
-        cache = KVCache(config, batch, dtype=weight.dtype, device=device)
+        cache = KVCache(config, batch, dtype=model.token_weight.dtype, device=device)
     confidence_temperature = model.calibration_temperature or 1.0
     cached_from = 0
 
@@ -307,7 +306,8 @@ def generate(
     ended = _row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
     was_training = model.training
     model.eval()
-    chosen, probabilities = [], []
+    chosen: list[torch.Tensor] = []
+    probabilities: list[torch.Tensor] = []
     running = [True] * len(tokens)
     lengths = [0] * len(tokens)
     try:
@@ -322,7 +322,8 @@ def generate(
             probabilities=return_details,
         ):
             chosen.append(step.tokens)
-            probabilities.append(step.probabilities)
+            if step.probabilities is not None:
+                probabilities.append(step.probabilities)
             if ended is None:
                 continue
             for row, token in enumerate(step.tokens.tolist()):
@@ -415,12 +416,10 @@ def _row_enders(
 
 def _check_prompt(tokens: torch.Tensor, vocab_size: int, model: "GPT") -> None:
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
-        raise ValueError(
-            f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {str(tokens.dtype)}"
-        )
+        raise ValueError(f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype!s}")
     if tokens.shape[0] < 1 or tokens.shape[1] < 1:
         raise ValueError(f"tokens {tuple(tokens.shape)} must hold at least one token a row")
-    device = model.transformer["wte"].weight.device
+    device = model.token_weight.device
     if tokens.device != device:
         raise ValueError(f"tokens are on {tokens.device}, the model is on {device}")
     low, high = int(tokens.min()), int(tokens.max())

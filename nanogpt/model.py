@@ -4,7 +4,7 @@ Dimensions: B batch, T positions, H heads, D head width, C = H*D model width, V 
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,11 +134,16 @@ class GPT(nn.Module):
                 shrink = 1 / math.sqrt(2 * self.config.n_layer) if residual else 1.0
                 parameter.normal_(mean=0.0, std=0.02 * shrink)
 
+    @property
+    def token_weight(self) -> torch.Tensor:
+        """(V, C): the token embedding, and the output head that is tied to it."""
+        return cast(nn.Embedding, self.transformer["wte"]).weight
+
     def set_kernels(self, impl: str) -> "GPT":
         """Choose the implementation of every fused operation; see nanogpt.kernels."""
         for module in self.modules():
             if hasattr(module, "impl"):
-                module.impl = impl
+                module.impl = impl  # type: ignore[assignment]
         return self
 
     def forward(
@@ -153,7 +158,7 @@ class GPT(nn.Module):
         Raises: ValueError where T is longer than the context.
         """
         hidden = self._hidden(tokens, None)  # (B, T, C)
-        logits = F.linear(hidden, self.transformer["wte"].weight)  # (B, T, V)
+        logits = F.linear(hidden, self.token_weight)  # (B, T, V)
         if targets is None:
             return logits, None
         flat = logits.view(-1, logits.shape[-1])
@@ -167,17 +172,18 @@ class GPT(nn.Module):
             cache: read and extended in place.
         """
         hidden = self._hidden(tokens, cache)[:, -1]  # (B, C)
-        return linear(hidden, self.transformer["wte"].weight, None)
+        return linear(hidden, self.token_weight, None)
 
     def _hidden(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        x = self.transformer["wte"](tokens) + self.transformer["wpe"].weight[start:end]
+        position_weight = cast(nn.Embedding, self.transformer["wpe"]).weight  # (block, C)
+        x = F.embedding(tokens, self.token_weight) + position_weight[start:end]
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.transformer["h"]):
+        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             x = block(x, cache, layer)
         if cache is not None:
             cache.advance(tokens.shape[1])

@@ -1,4 +1,4 @@
-"""The plan of a training run: every choice made before the first step, and what identifies the run."""
+"""The plan of a training run: every choice before the first step, and what identifies the run."""
 
 import hashlib
 import math

@@ -1,7 +1,7 @@
 """Run directories: everything a run needs to go on, and everything it has to show.
 
     config.yaml            the flags, ready for --config
-    run.json               what the run is (flags and text by their hashes), what was picked, versions
+    run.json               what the run is (flags, text by its hash), what was picked, versions
     metrics.jsonl          one JSON object a line, see interface
     samples.jsonl events.jsonl
     checkpoints/00000500/  model.safetensors best.safetensors trainer.pt state.json manifest.json

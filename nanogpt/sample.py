@@ -172,18 +172,16 @@ def _chat(writer: Writer) -> int:
         if line == "/reset":
             history = ""
             continue
-        text = history + line + "\n"
         try:
-            ids = writer.encode(text)
-        except InputError as error:
-            print(f"{error}", file=sys.stderr)
-            continue
-        history = text
-        try:
+            ids = writer.encode(history + line + "\n")
+            history += line + "\n"
             for piece, _, _ in writer.write(ids, turn):
                 history += piece
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+        except InputError as error:
+            print(f"{error}", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             print("\n(interrupted)", file=sys.stderr)
         print(flush=True)

@@ -192,8 +192,8 @@ class BPETokenizer(Tokenizer):
         # Ordinary text must not turn into the special token, whatever letters it holds.
         self._backend.encode_special_tokens = True
         size = self._backend.get_vocab_size(with_added_tokens=True)
-        names = [self._backend.id_to_token(i) for i in range(size)]
-        if None in names or size < 257 or names[-1] != END_OF_TEXT:
+        names = [self._backend.id_to_token(i) or "" for i in range(size)]
+        if "" in names or size < 257 or names[-1] != END_OF_TEXT:
             raise InputError(f"the bpe tokenizer is damaged: its last token is not {END_OF_TEXT}")
         values = {symbol: value for value, symbol in _byte_symbols().items()}
         try:

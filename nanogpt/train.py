@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -248,6 +247,7 @@ def _sample(model: GPT, device: torch.device, config: TrainConfig) -> str:
     assert tokenizer is not None
     start = torch.tensor([[tokenizer.end_of_text_id]], device=device)
     out = generate(model, start, config.sample_tokens, temperature=0.8, seed=config.seed)
+    assert isinstance(out, torch.Tensor)
     return tokenizer.decode(out[0].tolist())
 
 
@@ -303,8 +303,8 @@ def _introduce(
         f"{corpus.tokenizer.kind} vocabulary of {shape.vocab_size:,}"
     )
     say(
-        f"model: {shape.n_parameters():,} parameters, {shape.n_layer} layers, {shape.n_head} heads, "
-        f"width {shape.n_embd}, context {shape.block_size}"
+        f"model: {shape.n_parameters():,} parameters, {shape.n_layer} layers, "
+        f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}"
     )
     say(
         f"run: {plan.total_steps:,} steps of {plan.config.batch_size} sequences, "
@@ -377,9 +377,8 @@ def _already_finished(
     say(f"this run is finished, in {folder.path} (--resume never trains anew)")
     if not output.exists():
         _write_output(start.load_model("best"), output)
-        say(
-            f"wrote {output} again: the best model, of step {start.state['position']['best_step']:,}"
-        )
+        best_step = start.state["position"]["best_step"]
+        say(f"wrote {output} again: the best model, of step {best_step:,}")
     if config.json:
         position = start.state["position"]
         summary = {

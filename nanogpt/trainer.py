@@ -128,7 +128,7 @@ def optimizer_step(
 
 
 def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Dropout masks are a function of (seed, step, micro-batch), so that a resumed run repeats them."""
+    """Dropout is a function of (seed, step, micro-batch), so that a resumed run repeats it."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 

@@ -38,7 +38,7 @@ def test_a_unigram_model_by_hand():
 
 
 def test_lower_orders_count_different_bytes_before():
-    """In "San Francisco" fashion: c always follows b, so alone it is no likelier than a rare byte."""
+    """In "San Francisco" fashion: c always follows b, so alone it is a rare byte."""
     train = b"abcabcabcabcadaeaf" * 4
     p_c, p_a = (ngram_probabilities(train + b"~", w, 2)[0] for w in (b"c", b"a"))
     assert p_c < p_a / 2

@@ -49,7 +49,7 @@ def test_a_loaded_model_is_the_saved_one(saved):
 
 
 def test_equal_models_are_equal_files_whatever_their_name(saved, tmp_path):
-    model, path = saved
+    _, path = saved
     other = tmp_path / f"another{path.suffix}"
     save(load(path)[0], other)
     assert other.read_bytes() == path.read_bytes()
@@ -92,7 +92,7 @@ def test_no_flipped_byte_is_loaded_silently(saved):
         damaged[at] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            again, tokenizer = load(path)
+            again, _ = load(path)
         except InputError:
             refused += 1
             continue

@@ -14,7 +14,7 @@ BLOCK = 16
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """Large random weights, so that its distributions are far from uniform and differ by context."""
+    """Large random weights, so that its distributions are far from uniform."""
     torch.manual_seed(5)
     model = GPT(vocab_size=29, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """The fused operations against their definitions in float64, and their messages."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +168,5 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_a_wrong_argument_is_named(message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         BAD_CALLS[message](torch.randn(1, 2, 3, 4))
-    assert message in str(caught.value)

@@ -85,7 +85,7 @@ def test_a_prompt_can_come_from_a_file_or_standard_input(sample, tmp_path, monke
 
 
 def test_a_character_of_several_bytes_is_never_split(tmp_path):
-    """A byte model that has learnt nothing writes broken UTF-8; a real one writes whole characters."""
+    """A byte model that has learnt nothing writes broken UTF-8; what is printed is whole."""
     model = GPT(vocab_size=257, block_size=16, n_layer=1, n_head=1, n_embd=8)
     model.tokenizer = ByteTokenizer()
     checkpoint.save(model, tmp_path / "bytes.pth")
@@ -161,6 +161,7 @@ def test_chat_goes_on_after_an_unknown_character(model_path):
 def test_chat_survives_an_interrupt_in_the_middle_of_an_answer(model_path):
     import os
     import pty
+    import select
     import signal
 
     parent, child = pty.openpty()
@@ -171,17 +172,23 @@ def test_chat_survives_an_interrupt_in_the_middle_of_an_answer(model_path):
     )  # fmt: skip
     os.close(child)
 
-    def read_until(mark: str, seconds: float = 60.0) -> str:
-        seen, deadline = "", time.monotonic() + seconds
-        while mark not in seen and time.monotonic() < deadline:
-            seen += os.read(parent, 4096).decode("utf-8", "replace")
-        assert mark in seen
-        return seen
+    seen = ""
+
+    def read_until(mark: str) -> None:
+        """Wait for `mark` after everything that earlier calls waited for."""
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while mark not in seen:
+            assert time.monotonic() < deadline, f"no {mark!r} in {seen[-500:]!r}"
+            if select.select([parent], [], [], 1.0)[0]:
+                seen += os.read(parent, 4096).decode("utf-8", "replace")
+        seen = seen.split(mark, 1)[1]
 
     read_until("> ")
     os.write(parent, b"abc\n")
-    read_until("abc")
-    os.read(parent, 64)
+    read_until("abc\r\n")
+    while len(seen) < 200:  # well into the answer
+        seen += os.read(parent, 4096).decode("utf-8", "replace")
     process.send_signal(signal.SIGINT)
     read_until("(interrupted)")
     read_until("> ")

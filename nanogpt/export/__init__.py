@@ -1,1 +1,1 @@
-"""Exporters, one module a format, with what they verify. `checkpoint.py` writes model files itself."""
+"""Exporters, one module a format. Model files themselves are written by `checkpoint.py`."""

@@ -56,7 +56,8 @@ class Chart:
         low = 0.0 if self.start_at_zero else min(ys)
         y_axis = _Axis.fit(low, _robust_high(ys), _HEIGHT - _BOTTOM, _TOP, widen=True)
         parts = [
-            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(self.title)}">',
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+            f'aria-label="{html.escape(self.title)}">',
             f"<title>{html.escape(self.title)}</title>",
             *self._grid(x_axis, y_axis),
         ]

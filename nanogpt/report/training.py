@@ -156,7 +156,7 @@ def _chosen_samples(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
     """First, last and some between, newest first: (heading, text)."""
     count = len(samples)
     last = _MOST_SAMPLES - 1
-    picked = range(count)
+    picked: Sequence[int] = range(count)
     if count > _MOST_SAMPLES:
         picked = sorted({round(i * (count - 1) / last) for i in range(last + 1)})
     chosen = [samples[i] for i in reversed(picked)]
