@@ -1,7 +1,10 @@
 # `make` lists the targets. `make train` and `make test` are all that a fresh machine needs.
 
 VENV := .venv
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+# The first Python that is new enough and can make environments.
+FITS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+  $$name -c "$(FITS)" >/dev/null 2>&1 && { echo $$name; break; }; done)
 # A wheel index to take torch from instead of the default one, such as PyTorch's own for the CPU.
 TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
@@ -20,11 +23,8 @@ help:  ## list the targets
 build: $(BUILT)  ## make .venv and install the package with its pins
 
 $(BUILT): pyproject.toml setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: apt-get install python3 python3-venv"; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-	  || { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is another: make PYTHON=/path/to/python"; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null \
-	  || { echo "$(PYTHON) cannot make environments: apt-get install python3-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed:" \
+	  "apt-get install python3 python3-venv, or make PYTHON=/path/to/python"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@test -z "$(TORCH_INDEX)" || $(PIP) install --quiet -c constraints.txt torch --index-url "$(TORCH_INDEX)"
 	$(PIP) install --quiet -c constraints.txt --editable ".[test]"
