@@ -170,3 +170,22 @@ BAD_CALLS = {
 def test_a_wrong_argument_is_named(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         BAD_CALLS[message](torch.randn(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@pytest.mark.parametrize("outputs", [512, 513])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_thin_linear_map_is_as_exact_as_torchs(rows, outputs, biased):
+    x, weight = torch.randn(rows, 1, 256), torch.randn(outputs, 256)
+    bias = torch.randn(outputs) if biased else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad():
+        got = kernels.linear(x, weight, bias)
+    assert got.shape == (rows, 1, outputs)
+    assert_as_exact_as_torch(got, F.linear(x, weight, bias), exact)
+
+
+def test_the_linear_map_keeps_its_gradient():
+    x, weight = torch.randn(1, 256, requires_grad=True), torch.randn(512, 256)
+    kernels.linear(x, weight, None).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0)[None], atol=1e-4)
