@@ -67,8 +67,8 @@ class Chart:
                 f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
             )
             parts.append(
-                f'<text class="level" x="{_WIDTH - _RIGHT}" y="{y - 5:.1f}" '
-                f'text-anchor="end">{html.escape(name)}</text>'
+                f'<text class="level" x="{_LEFT + 40}" y="{y + 14:.1f}" '
+                f'text-anchor="start">{html.escape(name)}</text>'
             )
         for series, points in drawn:
             placed = [(x_axis.place(x), y_axis.place(y)) for x, y in points]
