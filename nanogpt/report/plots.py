@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 18, 14, 44
 _MOST_POINTS = 600
 
 
