@@ -40,7 +40,8 @@ def cross_entropy(
         implementation cannot run, with the reason.
     """
     _check(logits, targets)
-    if resolve(impl) == "reference":
+    picked = resolve("cross_entropy", impl, logits, targets)
+    if picked == "reference":
         return reference(logits, targets, ignore_index)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=ignore_index)

@@ -1,34 +1,95 @@
 """One rule for all operations: `auto` picks, a named implementation never falls back."""
 
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+OPERATIONS = ("attention", "ffn", "cross_entropy", "layer_norm")
+OLDEST_CAPABILITY = (8, 0)
 
 
-def unsupported(impl: str) -> str | None:
-    """Why `impl` cannot run in this installation, or None where it can.
+def unsupported(impl: str, device: torch.device | str = "cpu") -> str | None:
+    """Why `impl` cannot run on `device` in this installation, or None where it can.
 
     Raises: ValueError for a name that is not in IMPLEMENTATIONS.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    if impl == "triton":
-        return "this version of nanogpt has no Triton kernels"
-    return None
+    _check_name(impl)
+    return _no_triton(torch.device(device)) if impl == "triton" else None
 
 
-def resolve(impl: str) -> str:
-    """The implementation that runs for the requested `impl`: "torch" or "reference".
+def resolve(operation: str, impl: str, *tensors: torch.Tensor | None) -> str:
+    """The implementation that runs for the requested `impl`: "triton", "torch" or "reference".
 
-    Raises: RuntimeError with the reason where a named implementation cannot run.
+    Args:
+        operation: one of OPERATIONS.
+        tensors: the operation's arguments, which its Triton kernels may not support.
+    Raises: ValueError for an unknown name; RuntimeError with the reason where a named
+        implementation cannot run.
     """
-    reason = unsupported(impl)
+    if impl in ("torch", "reference"):
+        return impl
+    _check_name(impl)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if impl == "auto" and given[0].device.type != "cuda":
+        return "torch"  # Triton's interpreter is for tests
+    reason = _no_triton(given[0].device) or triton_kernels(operation).unsupported(*tensors)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise RuntimeError(f'{operation}: impl="triton" cannot run: {reason}')
+    return "torch"
+
+
+def describe(impl: str, device: torch.device | str = "cpu") -> str:
+    """One line for the user: what `impl` resolves to on `device`, and why.
+
+    Raises: RuntimeError where a named implementation cannot run there.
+    """
+    reason = unsupported(impl, device)
     if reason is not None:
         raise RuntimeError(f'impl="{impl}" cannot run: {reason}')
-    return "torch" if impl == "auto" else impl
-
-
-def describe(impl: str) -> str:
-    """One line for the user: what `impl` resolves to and why."""
-    picked = resolve(impl)
     if impl != "auto":
-        return f"{picked} (asked for)"
-    return f"{picked} (auto: {unsupported('triton')})"
+        return f"{impl} (asked for)"
+    if torch.device(device).type == "cpu":
+        return "torch (auto: the Triton kernels are for a GPU)"
+    reason = _no_triton(torch.device(device))
+    return "triton (auto)" if reason is None else f"torch (auto: {reason})"
+
+
+def triton_kernels(operation: str) -> ModuleType:
+    """The Triton side of an operation, imported when it is first needed."""
+    if operation == "attention":
+        from nanogpt.kernels import attention_triton as module
+    elif operation == "ffn":
+        from nanogpt.kernels import ffn_triton as module
+    elif operation == "cross_entropy":
+        from nanogpt.kernels import cross_entropy_triton as module
+    else:
+        from nanogpt.kernels import layer_norm_triton as module
+    return module
+
+
+def _check_name(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
+
+
+@torch.compiler.assume_constant_result
+def _no_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton runs on a GPU, or on a CPU under TRITON_INTERPRET=1 (slow, for tests)"
+    if device.type != "cuda" or torch.version.hip:
+        return f"the Triton kernels are for NVIDIA GPUs, not for {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"they need compute capability 8.0 or newer, this GPU has {'%d.%d' % capability}"
+    return None

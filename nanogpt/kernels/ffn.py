@@ -52,7 +52,8 @@ def gelu_ffn(
     Source: Hendrycks and Gimpel 2016, GELUs, section 2 (arXiv:1606.08415).
     """
     _check(x, w1, b1, w2, b2)
-    if resolve(impl) == "reference":
+    picked = resolve("ffn", impl, x, w1, b1, w2, b2)
+    if picked == "reference":
         return reference(x, w1, b1, w2, b2)
     return linear(F.gelu(linear(x, w1, b1), approximate="tanh"), w2, b2)
 

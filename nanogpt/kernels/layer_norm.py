@@ -8,7 +8,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from nanogpt.kernels.dispatch import resolve
+from nanogpt.kernels.dispatch import resolve, triton_kernels
 
 
 def reference(
@@ -70,8 +70,12 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016, equation 4 (arXiv:1607.06450).
     """
     _check(x, weight, bias, residual)
+    picked = resolve("layer_norm", impl, x, weight, bias, residual)
+    if picked == "triton":
+        normal, summed = triton_kernels("layer_norm").layer_norm(x, weight, bias, residual, eps)
+        return normal if residual is None else (normal, summed)
     total = x if residual is None else x + residual
-    if resolve(impl) == "reference":
+    if picked == "reference":
         normal = reference(total, weight, bias, eps)
     else:
         normal = F.layer_norm(total, weight.shape, weight, bias, eps)
