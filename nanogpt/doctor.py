@@ -38,7 +38,7 @@ class Part:
 def run(config: DoctorConfig) -> int:
     """Print a line for every part. Returns 0: a missing part is no failure."""
     parts = examine()
-    picked = kernels.describe("auto")
+    picked = kernels.describe("auto", machine.resolve_device("auto"))
     if config.json:
         report = {"parts": [asdict(part) for part in parts], "versions": machine.versions()}
         print(json.dumps({**report, "kernels": picked}))

@@ -57,15 +57,15 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return DTYPES[name], "asked for"
 
 
-def check_kernels(impl: str) -> str:
-    """What --kernels resolves to, in words.
+def check_kernels(impl: str, device: torch.device) -> str:
+    """What --kernels resolves to on a device, in words.
 
-    Raises: UsageError where a named implementation cannot run here.
+    Raises: UsageError where a named implementation cannot run there.
     """
-    reason = kernels.unsupported(impl)
+    reason = kernels.unsupported(impl, device)
     if reason is not None:
         raise UsageError(f"--kernels {impl}: {reason}; use auto")
-    return kernels.describe(impl)
+    return kernels.describe(impl, device)
 
 
 def set_threads(threads: int | None) -> str:

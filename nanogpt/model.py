@@ -4,6 +4,7 @@ Dimensions: B batch, T positions, H heads, D head width, C = H*D model width, V 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,21 @@ from nanogpt import metadata
 from nanogpt.cache import KVCache
 from nanogpt.config import GPTConfig
 from nanogpt.errors import InputError
-from nanogpt.kernels import causal_attention, cross_entropy, gelu_ffn, layer_norm, linear
+from nanogpt.kernels import (
+    causal_attention,
+    cross_entropy,
+    gelu_ffn,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+)
 from nanogpt.tokenizer import Tokenizer, tokenizer_from_dict
 
 
 class LayerNorm(nn.Module):
     """Weights of one layer norm; with a residual it returns the sum too."""
+
+    operation = "layer_norm"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -38,6 +48,8 @@ class LayerNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over the past."""
+
+    operation = "attention"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -60,6 +72,8 @@ class CausalSelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Two linear maps, four times as wide between them."""
+
+    operation = "ffn"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -104,6 +118,8 @@ class GPT(nn.Module):
     Source: Radford et al. 2019, GPT-2; parameter names as in Hugging Face's and nanoGPT's.
     """
 
+    operation = "cross_entropy"
+
     def __init__(self, config: GPTConfig | None = None, **shape: Any) -> None:
         super().__init__()
         if config is not None and shape:
@@ -139,25 +155,47 @@ class GPT(nn.Module):
         """(V, C): the token embedding, and the output head that is tied to it."""
         return cast(nn.Embedding, self.transformer["wte"]).weight
 
-    def set_kernels(self, impl: str) -> "GPT":
-        """Choose the implementation of every fused operation; see nanogpt.kernels."""
+    def set_kernels(self, impl: str | Mapping[str, str]) -> "GPT":
+        """Choose the implementation of every fused operation; see nanogpt.kernels.
+
+        Args:
+            impl: one for all, or one for each of nanogpt.kernels.OPERATIONS.
+        """
         for module in self.modules():
-            if hasattr(module, "impl"):
-                module.impl = impl  # type: ignore[assignment]
+            if isinstance(module, LayerNorm | CausalSelfAttention | FeedForward | GPT):
+                module.impl = impl if isinstance(impl, str) else impl[module.operation]
         return self
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        return_logits: bool = True,
+        chunk_bytes: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits of the next token at every position, and the mean loss where targets are given.
 
         Args:
             tokens: (B, T) int64, T <= block_size.
             targets: (B, T) int64, the next tokens; -100 does not count.
-        Returns: logits (B, T, V) and the loss, a scalar in nats per target, or None.
-        Raises: ValueError where T is longer than the context.
+            return_logits: False where only the loss is wanted, so that the logits' memory can
+                hold their gradient.
+            chunk_bytes: without logits, most memory that they may take at a time.
+        Returns: logits (B, T, V), or None; and the loss, a scalar in nats per target, or None.
+        Raises: ValueError where T is longer than the context, or where neither is asked for.
         """
         hidden = self._hidden(tokens, None)  # (B, T, C)
+        if not return_logits:
+            if targets is None:
+                raise ValueError("return_logits=False needs targets")
+            return None, linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self.token_weight,
+                targets.reshape(-1),
+                chunk_bytes=chunk_bytes,
+                impl=self.impl,
+            )
         logits = F.linear(hidden, self.token_weight)  # (B, T, V)
         if targets is None:
             return logits, None

@@ -80,7 +80,7 @@ class Writer:
 def run(config: SampleConfig) -> int:
     """Load, read the prompt, write. Returns the exit code."""
     device = machine.resolve_device(config.device)
-    machine.check_kernels(config.kernels)
+    machine.check_kernels(config.kernels, device)
     machine.set_threads(config.threads)
     if config.engine == "native":
         raise UsageError("--engine native: this version of nanogpt has no native engine; use torch")

@@ -34,6 +34,7 @@ from nanogpt.config import TrainConfig, shape_from_flags
 from nanogpt.data import Corpus, gather, prepare
 from nanogpt.decoding import generate
 from nanogpt.errors import NanoGPTError, UsageError
+from nanogpt.kernels.choice import Workload, choose
 from nanogpt.model import GPT
 from nanogpt.plan import (
     Plan,
@@ -57,6 +58,8 @@ from nanogpt.trainer import (
 )
 
 _DIVERGED_AFTER = 100
+# Tokens of the micro-batch on which the implementations are compared.
+_MEASURED_TOKENS = 16_384
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -70,7 +73,7 @@ def run(config: TrainConfig) -> int:
     choices = {
         "device": str(device),
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
-        "kernels": machine.check_kernels(config.kernels),
+        "kernels": machine.check_kernels(config.kernels, device),
         "threads": machine.set_threads(config.threads),
         "compile": "torch.compile (asked for)" if config.compile else "no",
     }
@@ -94,14 +97,20 @@ def run(config: TrainConfig) -> int:
             start = _find_start(config, folder, identity)
             if start is not None and start.state["position"]["finished"]:
                 return _already_finished(config, folder, start, output, say)
+            picked, choices["kernels"] = _choose_kernels(plan, folder if start else None)
             if start is None:
                 # Two checkpoints while a third is written: weights, best and two moments each.
                 folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
-                content = {"identity": identity, "choices": choices, "versions": machine.versions()}
+                content = {
+                    "identity": identity,
+                    "choices": choices,
+                    "kernels": picked,
+                    "versions": machine.versions(),
+                }
                 folder.begin(content, flags_as_text(config))
             else:
                 folder.cut_journals(start.state["journals"])
-            trainer = make_trainer(plan, corpus, initial, start)
+            trainer = make_trainer(plan, corpus, initial, start, picked)
             reporter = Reporter(plan, corpus, folder, machine.versions())
             _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
             stopped_by = _train(plan, trainer, corpus, folder, reporter)
@@ -287,6 +296,21 @@ def _find_start(
     if difference:
         raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
     return None if config.resume == "never" else folder.newest()
+
+
+def _choose_kernels(plan: Plan, begun: RunDirectory | None) -> tuple[dict[str, str], str]:
+    """The implementation of each fused operation, as the run began or measured now, and why."""
+    earlier = (begun.read_identity() or {}).get("kernels") if begun else None
+    shape = plan.shape
+    work = Workload(
+        batch=min(plan.micro_batch_size, max(1, _MEASURED_TOKENS // shape.block_size)),
+        positions=shape.block_size,
+        heads=shape.n_head,
+        head_width=shape.n_embd // shape.n_head,
+        vocabulary=shape.vocab_size,
+        dtype=plan.dtype,
+    )
+    return choose(plan.config.kernels, plan.device, work, earlier)
 
 
 def _introduce(

@@ -1,7 +1,7 @@
 """The moving parts of a run: model, optimizer, position; one step and one evaluation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,17 @@ class Trainer:
 
 
 def make_trainer(
-    plan: Plan, corpus: Corpus, initial: GPT | None, start: Checkpoint | None
+    plan: Plan,
+    corpus: Corpus,
+    initial: GPT | None,
+    start: Checkpoint | None,
+    kernels: Mapping[str, str],
 ) -> Trainer:
-    """Model, optimizer and scaler, new or as they were saved."""
+    """Model, optimizer and scaler, new or as they were saved.
+
+    Args:
+        kernels: the implementation of each operation.
+    """
     torch.manual_seed(plan.config.seed)
     model = start.load_model() if start else GPT(plan.shape)
     model.config = plan.shape
@@ -68,7 +76,7 @@ def make_trainer(
         model.load_state_dict(initial.state_dict())
     model.tokenizer = corpus.tokenizer
     model.calibration_temperature = None  # fitted to other weights
-    model.set_kernels(plan.config.kernels).to(plan.device)
+    model.set_kernels(kernels).to(plan.device)
     optimizer = make_optimizer(model, plan)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     trainer = Trainer(model, optimizer, scaler, Position())
@@ -113,7 +121,7 @@ def optimizer_step(
         if plan.shape.dropout:
             _seed_dropout(config.seed, position.step, index)
         with machine.autocast(plan.device, plan.dtype):
-            _, loss = model(part[:, :-1], part[:, 1:])
+            _, loss = model(part[:, :-1], part[:, 1:], return_logits=False)
         loss = loss * (len(part) / len(windows))  # windows are equally long: a mean over targets
         trainer.scaler.scale(loss).backward()
         total += float(loss.detach())
@@ -152,7 +160,7 @@ def evaluate(
             windows = gather(tokens, starts[first : first + batch], length)
             part = torch.from_numpy(windows).to(device)
             with machine.autocast(device, dtype):
-                _, loss = model(part[:, :-1], part[:, 1:])
+                _, loss = model(part[:, :-1], part[:, 1:], return_logits=False)
             targets = len(part) * length
             total += float(loss) * targets
             count += targets

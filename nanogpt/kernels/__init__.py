@@ -13,13 +13,14 @@ A named implementation never falls back: it raises RuntimeError with the reason.
 
 from nanogpt.kernels.attention import causal_attention
 from nanogpt.kernels.cross_entropy import cross_entropy, linear_cross_entropy
-from nanogpt.kernels.dispatch import IMPLEMENTATIONS, describe, unsupported
+from nanogpt.kernels.dispatch import IMPLEMENTATIONS, OPERATIONS, describe, unsupported
 from nanogpt.kernels.ffn import gelu_ffn
 from nanogpt.kernels.layer_norm import layer_norm
 from nanogpt.kernels.linear import linear
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "OPERATIONS",
     "causal_attention",
     "cross_entropy",
     "describe",

@@ -313,7 +313,9 @@ def _by_keys_kernel(
     # Query t sees key s where s <= offset + t: the first tile with such a query, and the first
     # in which every query sees every key of this tile.
     i_first = tl.maximum(0, i_s - offset) // BT * BT
-    i_whole = tl.minimum(tl.cdiv(tl.maximum(0, i_s + BS - 1 - offset), BT) * BT, tl.cdiv(T, BT) * BT)
+    i_whole = tl.minimum(
+        tl.cdiv(tl.maximum(0, i_s + BS - 1 - offset), BT) * BT, tl.cdiv(T, BT) * BT
+    )
     for i_t in tl.range(i_first, i_whole, BT, num_stages=STAGES):
         b_dk, b_dv = _by_keys_step(
             b_k, b_v, b_dk, b_dv, q, dout, p_lse, p_delta, p_dq, i_b, i_h, i_t, o_s, T, offset,
@@ -652,7 +654,7 @@ def decode(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q, k, v, scale):
         q, k, v = aligned(q), aligned(k), aligned(v)
         out, lse = forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -660,7 +662,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dout):
         exact = torch.are_deterministic_algorithms_enabled()
         return *backward(*ctx.saved_tensors, dout, ctx.scale, exact), None
 

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def compile_cases(cases: list[Case], capability: int) -> Iterator[Compiled]:
     """
     if launch_triton.INTERPRETED:
         raise RuntimeError("kernels are interpreted here: unset TRITON_INTERPRET")
-    driver.set_active(_NoDevice(GPUTarget("cuda", capability, 32)))  # type: ignore[arg-type]
+    driver.set_active(_NoDevice(GPUTarget("cuda", capability, 32)))
     launch_triton.compile_for = Target(capability, MULTIPROCESSORS[capability])
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -108,7 +109,7 @@ def compile_cases(cases: list[Case], capability: int) -> Iterator[Compiled]:
             found.append((kernel, log.getvalue()))
         return kernel
 
-    JITFunction.run = compile_only  # type: ignore[method-assign]
+    JITFunction.run = compile_only
     try:
         for case in cases:
             found.clear()
@@ -116,7 +117,7 @@ def compile_cases(cases: list[Case], capability: int) -> Iterator[Compiled]:
             for kernel, log in found:
                 yield _read(case, capability, kernel, log)
     finally:
-        JITFunction.run = launch  # type: ignore[method-assign]
+        JITFunction.run = launch
         launch_triton.compile_for = None
 
 
@@ -179,13 +180,13 @@ def _attention_forms(
         wide = {"half": half, "descriptors": descriptors, **options}
         return Case(f"{name} {form}", run, **wide)
 
-    yield case("forward", lambda: attention.forward(q, k, v, 0.125))
+    yield case("forward", partial(attention.forward, q, k, v, 0.125))
     for form, exact in (("backward", False), ("backward, deterministic", True)):
-        yield case(form, lambda e=exact: attention.backward(q, k, v, q, lse, q, 0.125, e))
+        yield case(form, partial(attention.backward, q, k, v, q, lse, q, 0.125, exact))
     one = q[:, :, :1]
     length = torch.empty(1, dtype=torch.int32, device="meta")
     for form, count in (("decode", None), ("decode, length on the device", length)):
-        run = lambda c=count: attention.decode(one, k, v, 0.125, c)  # noqa: E731
+        run = partial(attention.decode, one, k, v, 0.125, count)
         yield case(form, run, products=False, descriptors=False)
 
 
@@ -199,18 +200,13 @@ def layer_norm_cases() -> Iterator[Case]:
         weight, number = x.new_empty(width), x.new_empty(4096, dtype=torch.float32)
         for residual in (None, wide):
             label = f"layer_norm C={width}{'' if residual is None else ' with a residual'}"
-            yield Case(
-                f"{label} forward",
-                lambda x=x, r=residual, w=weight: norm.forward(x, r, w, w, 1e-5, x.dtype),
-                products=False,
-            )
-            yield Case(
-                f"{label} backward",
-                lambda x=x, r=residual, w=weight, n=number: norm.backward(
-                    x, w, n, n, x, r, x.dtype, None if r is None else r.dtype, True
-                ),
-                products=False,
-            )
+            forward = partial(norm.forward, x, residual, weight, weight, 1e-5, x.dtype)
+            yield Case(f"{label} forward", forward, products=False)
+            backward = partial(
+                norm.backward, x, weight, number, number, x, residual, x.dtype,
+                None if residual is None else residual.dtype, True,
+            )  # fmt: skip
+            yield Case(f"{label} backward", backward, products=False)
 
 
 def cross_entropy_cases() -> Iterator[Case]:
@@ -223,13 +219,11 @@ def cross_entropy_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for vocabulary in (65, 8192, 50_257, 50_304):
             x = torch.empty(64, vocabulary, dtype=dtype, device="meta")
-            calls: dict[str, Callable[[], Any]] = {
-                "forward": lambda x=x: entropy.forward(x, targets, -100),
-                "in place": lambda x=x: entropy.loss_and_gradient_in_place(
-                    x, targets, factor, -100
-                ),
-                "backward": lambda x=x: entropy.backward(x, targets, number, factor, -100),
-                "scale": lambda x=x: entropy.scale_in_place(x, factor),
+            calls = {
+                "forward": partial(entropy.forward, x, targets, -100),
+                "in place": partial(entropy.loss_and_gradient_in_place, x, targets, factor, -100),
+                "backward": partial(entropy.backward, x, targets, number, factor, -100),
+                "scale": partial(entropy.scale_in_place, x, factor),
             }
             for form, run in calls.items():
                 name = f"cross_entropy V={vocabulary} {str(dtype)[6:]} {form}"
@@ -262,9 +256,9 @@ def main(argv: list[str] | None = None) -> int:
 def describe(row: Compiled) -> str:
     """One line."""
     instructions = f"wgmma {row.wgmma:3d} tcgen05 {row.tcgen05:3d} bulk {row.bulk_copies:2d}"
-    numbers = f"{row.registers:3d} reg x {row.warps} warps, {row.shared_bytes:7,d} B, {instructions}"
+    size = f"{row.registers:3d} reg x {row.warps} warps, {row.shared_bytes:7,d} B, {instructions}"
     verdict = "; ".join(row.problems) or "ok"
-    return f"sm_{row.target} {row.case:48s} {row.kernel:20s} {numbers}  {verdict}"
+    return f"sm_{row.target} {row.case:48s} {row.kernel:20s} {size}, {instructions}  {verdict}"
 
 
 if __name__ == "__main__":

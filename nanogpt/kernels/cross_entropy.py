@@ -90,9 +90,10 @@ def linear_cross_entropy(
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes}")
     picked = resolve("cross_entropy", impl, hidden, targets, weight)
+    if picked == "reference" or (picked == "torch" and chunk_bytes is None):
+        logits = F.linear(hidden, weight)
+        return cross_entropy(logits, targets, ignore_index=ignore_index, impl=picked)
     kind = hidden.device.type
-    if picked == "reference":
-        return reference(F.linear(hidden, weight), targets, ignore_index)
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -112,9 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = stored_factor(count, hidden.dtype)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         many = chunk < len(hidden)
-        dhidden = torch.empty_like(hidden) if wanted else None
+        dhidden = torch.empty_like(hidden)
         # Sums over chunks are kept in float32; a single chunk has one product and no sum.
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wanted and many else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if wanted and many else weight
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, len(hidden), max(1, chunk)):

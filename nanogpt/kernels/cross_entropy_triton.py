@@ -1,8 +1,8 @@
 """Softmax cross-entropy in Triton, on logits that exist and with the gradient in the same pass.
 
 A program walks over one row in blocks, keeping a running maximum and sum; where a gradient is
-wanted it walks over the row again, which by then lies in the cache, and writes softmax minus one-hot
-over the logits themselves, if the caller allows, or into a new tensor in backward. The gradient is
+wanted it walks over the row again, which by then lies in the cache, and writes softmax minus
+one-hot over the logits themselves, if the caller allows, or into a new tensor in backward. It is
 stored with a factor that suits its precision, and backward multiplies by the rest, which for
 float32 and bfloat16 is one, so that the pass returns at once. Saved is the gradient, or the logits
 and one log-sum-exp a row. Sums are in float32 and nothing is added atomically.
@@ -38,7 +38,7 @@ def _write_gradient(
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         m_v = o_v < V
-        if ONE_BLOCK:
+        if ONE_BLOCK:  # noqa: SIM108  (a compile-time choice)
             b_row = b_x
         else:
             b_row = tl.load(p_row + o_v, m_v, float("-inf")).to(tl.float32)
@@ -214,7 +214,7 @@ def scale_in_place(x: torch.Tensor, factor: torch.Tensor) -> None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, targets, ignore_index, reuse):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, logits, targets, ignore_index, reuse):
         count = (targets != ignore_index).sum().float()
         ctx.ignore_index, ctx.reuse, ctx.spent = ignore_index, reuse, False
         if reuse:
@@ -227,7 +227,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad):
         if not ctx.reuse:
             logits, targets, lse, count = ctx.saved_tensors
             return backward(logits, targets, lse, grad / count, ctx.ignore_index), None, None, None

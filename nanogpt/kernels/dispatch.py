@@ -1,6 +1,5 @@
 """One rule for all operations: `auto` picks, a named implementation never falls back."""
 
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -63,14 +62,20 @@ def describe(impl: str, device: torch.device | str = "cpu") -> str:
 def triton_kernels(operation: str) -> ModuleType:
     """The Triton side of an operation, imported when it is first needed."""
     if operation == "attention":
-        from nanogpt.kernels import attention_triton as module
-    elif operation == "ffn":
-        from nanogpt.kernels import ffn_triton as module
-    elif operation == "cross_entropy":
-        from nanogpt.kernels import cross_entropy_triton as module
-    else:
-        from nanogpt.kernels import layer_norm_triton as module
-    return module
+        from nanogpt.kernels import attention_triton
+
+        return attention_triton
+    if operation == "ffn":
+        from nanogpt.kernels import ffn_triton
+
+        return ffn_triton
+    if operation == "cross_entropy":
+        from nanogpt.kernels import cross_entropy_triton
+
+        return cross_entropy_triton
+    from nanogpt.kernels import layer_norm_triton
+
+    return layer_norm_triton
 
 
 def _check_name(impl: str) -> None:
@@ -91,5 +96,6 @@ def _no_triton(device: torch.device) -> str | None:
         return f"the Triton kernels are for NVIDIA GPUs, not for {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
-        return f"they need compute capability 8.0 or newer, this GPU has {'%d.%d' % capability}"
+        major, minor = capability
+        return f"they need compute capability 8.0 or newer, this GPU has {major}.{minor}"
     return None

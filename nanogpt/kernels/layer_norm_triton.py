@@ -115,13 +115,16 @@ def _forward_fake(
     eps: float,
     y_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    n_rows, n_columns = x.shape
+    n_rows = len(x)
     total = x.new_empty(0)
     if residual is not None:
         total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y = x.new_empty(x.shape, dtype=y_dtype)
-    return y, total, x.new_empty(n_rows, dtype=torch.float32), x.new_empty(
-        n_rows, dtype=torch.float32
+    return (
+        y,
+        total,
+        x.new_empty(n_rows, dtype=torch.float32),
+        x.new_empty(n_rows, dtype=torch.float32),
     )
 
 
@@ -201,7 +204,7 @@ def backward(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, residual, weight, bias, eps, y_dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, residual, weight, bias, eps, y_dtype):
         shape = x.shape
         rows = x.reshape(-1, shape[-1])
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -216,7 +219,7 @@ class _LayerNorm(torch.autograd.Function):
         return (y.view(shape), None if residual is None else total.view(shape))
 
     @staticmethod
-    def backward(ctx: Any, dy, dsum):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy, dsum):
         total, weight, mean, rstd = ctx.saved_tensors
         shape = (dy if dy is not None else dsum).shape
         if dy is None:
