@@ -71,7 +71,7 @@ def assert_as_exact_as_torch(arguments, gradient, **options):
             assert error <= limit, f"{name}: {error} > {limit}"
 
 
-SHAPES = [(1, 16, 48), (7, 24, 100), (130, 33, 100), (130, 64, 256), (40, 16, 256)]
+SHAPES = [(1, 16, 48), (7, 33, 100), (130, 24, 48), (34, 64, 100), (130, 16, 256)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -182,7 +182,7 @@ def test_a_nan_is_seen(generation):
 
 
 def test_inputs_are_left_alone_and_two_backwards_agree(generation, plain_products):
-    arguments, gradient = made(130, 16, 48)
+    arguments, gradient = made(70, 16, 48)
     before = [a.clone() for a in (*arguments, gradient)]
     leaves = [a.detach().requires_grad_() for a in arguments]
     out = gelu_ffn(*leaves, impl="triton")

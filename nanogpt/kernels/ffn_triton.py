@@ -43,8 +43,8 @@ class Tile:
     Attributes:
         rows, columns: of the result's tile; inner: the step along the summed dimension.
         warps, stages: as Triton takes them.
-        halves: whether the epilogue handles the left and the right half one after the other, in
-            half the shared memory.
+        parts: the epilogue handles the columns in so many parts one after the other, which saves
+            shared memory and registers.
     """
 
     rows: int
@@ -52,7 +52,7 @@ class Tile:
     inner: int
     warps: int
     stages: int
-    halves: bool = False
+    parts: int = 1
 
 
 # (kind, generation, bytes of an element, size class); not measured on any device yet. Kinds: "up"
@@ -62,52 +62,52 @@ _TILES: dict[tuple[str, int, int, str], Tile] = {
     ("up", 80, 2, "large"): Tile(128, 128, 32, 8, 4),
     ("up", 80, 2, "small"): Tile(64, 64, 64, 4, 4),
     ("up", 80, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("up", 80, 2, "odd"): Tile(64, 64, 32, 4, 3),
-    ("dhidden", 80, 2, "large"): Tile(128, 128, 32, 8, 4, halves=True),
+    ("up", 80, 2, "odd"): Tile(64, 32, 32, 4, 3),
+    ("dhidden", 80, 2, "large"): Tile(128, 128, 32, 8, 4, parts=2),
     ("dhidden", 80, 2, "small"): Tile(64, 64, 64, 4, 4),
     ("dhidden", 80, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("dhidden", 80, 2, "odd"): Tile(64, 64, 32, 4, 3),
+    ("dhidden", 80, 2, "odd"): Tile(64, 32, 32, 4, 3),
     ("plain", 80, 2, "large"): Tile(128, 128, 32, 4, 4),
     ("plain", 80, 2, "small"): Tile(64, 64, 64, 4, 4),
     ("plain", 80, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("plain", 80, 2, "odd"): Tile(64, 64, 32, 4, 3),
-    ("up", 80, 4, "large"): Tile(64, 64, 32, 4, 3),
-    ("up", 80, 4, "small"): Tile(64, 32, 32, 4, 3),
+    ("plain", 80, 2, "odd"): Tile(64, 32, 32, 4, 3),
+    ("up", 80, 4, "large"): Tile(64, 64, 16, 4, 4),
+    ("up", 80, 4, "small"): Tile(64, 32, 16, 4, 4),
     ("up", 80, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("up", 80, 4, "odd"): Tile(32, 32, 32, 4, 2),
-    ("dhidden", 80, 4, "large"): Tile(64, 64, 32, 4, 3),
-    ("dhidden", 80, 4, "small"): Tile(64, 32, 32, 4, 3),
+    ("up", 80, 4, "odd"): Tile(32, 32, 16, 2, 2),
+    ("dhidden", 80, 4, "large"): Tile(64, 64, 16, 4, 4),
+    ("dhidden", 80, 4, "small"): Tile(64, 32, 16, 4, 4),
     ("dhidden", 80, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("dhidden", 80, 4, "odd"): Tile(32, 32, 32, 4, 2),
-    ("plain", 80, 4, "large"): Tile(64, 64, 32, 4, 3),
-    ("plain", 80, 4, "small"): Tile(64, 32, 32, 4, 3),
+    ("dhidden", 80, 4, "odd"): Tile(32, 32, 16, 2, 2),
+    ("plain", 80, 4, "large"): Tile(64, 64, 16, 4, 4),
+    ("plain", 80, 4, "small"): Tile(64, 32, 16, 4, 4),
     ("plain", 80, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("plain", 80, 4, "odd"): Tile(32, 32, 32, 4, 2),
-    ("up", 90, 2, "large"): Tile(128, 256, 64, 8, 4, halves=True),
+    ("plain", 80, 4, "odd"): Tile(32, 32, 16, 2, 2),
+    ("up", 90, 2, "large"): Tile(128, 256, 64, 8, 4, parts=2),
     ("up", 90, 2, "small"): Tile(128, 128, 64, 8, 4),
     ("up", 90, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("dhidden", 90, 2, "large"): Tile(128, 256, 64, 8, 3, halves=True),
-    ("dhidden", 90, 2, "small"): Tile(128, 128, 64, 8, 4),
+    ("dhidden", 90, 2, "large"): Tile(128, 256, 64, 8, 4, parts=4),
+    ("dhidden", 90, 2, "small"): Tile(128, 128, 64, 8, 4, parts=2),
     ("dhidden", 90, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("plain", 90, 2, "large"): Tile(128, 256, 64, 8, 4, halves=True),
+    ("plain", 90, 2, "large"): Tile(128, 256, 64, 8, 4, parts=2),
     ("plain", 90, 2, "small"): Tile(128, 128, 64, 8, 4),
     ("plain", 90, 2, "thin"): Tile(16, 64, 128, 4, 4),
     ("up", 90, 4, "large"): Tile(128, 128, 32, 8, 3),
     ("up", 90, 4, "small"): Tile(64, 64, 32, 4, 3),
     ("up", 90, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("dhidden", 90, 4, "large"): Tile(128, 128, 32, 8, 3, halves=True),
+    ("dhidden", 90, 4, "large"): Tile(128, 128, 32, 8, 3, parts=2),
     ("dhidden", 90, 4, "small"): Tile(64, 64, 32, 4, 3),
     ("dhidden", 90, 4, "thin"): Tile(16, 32, 64, 4, 3),
     ("plain", 90, 4, "large"): Tile(128, 128, 32, 8, 3),
     ("plain", 90, 4, "small"): Tile(64, 64, 32, 4, 3),
     ("plain", 90, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("up", 100, 2, "large"): Tile(128, 256, 64, 8, 3, halves=True),
+    ("up", 100, 2, "large"): Tile(128, 256, 64, 8, 3, parts=2),
     ("up", 100, 2, "small"): Tile(128, 128, 64, 8, 4),
     ("up", 100, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("dhidden", 100, 2, "large"): Tile(128, 256, 64, 8, 3, halves=True),
-    ("dhidden", 100, 2, "small"): Tile(128, 128, 64, 8, 4),
+    ("dhidden", 100, 2, "large"): Tile(128, 128, 64, 8, 4, parts=2),
+    ("dhidden", 100, 2, "small"): Tile(128, 128, 64, 8, 4, parts=2),
     ("dhidden", 100, 2, "thin"): Tile(16, 64, 128, 4, 4),
-    ("plain", 100, 2, "large"): Tile(128, 256, 64, 8, 3, halves=True),
+    ("plain", 100, 2, "large"): Tile(128, 256, 64, 8, 3, parts=2),
     ("plain", 100, 2, "small"): Tile(128, 128, 64, 8, 4),
     ("plain", 100, 2, "thin"): Tile(16, 64, 128, 4, 4),
     ("up", 100, 4, "large"): Tile(64, 64, 32, 4, 3),
@@ -230,6 +230,29 @@ def _write(
 @triton.jit
 def _epilogue(
     b_acc, p_bias, p_u, p_c, p_h, p_partial, i_m, first_row, first_column, n_m, n_n,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    if PARTS > 1:
+        b_left, b_right = b_acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        _epilogue(
+            b_left, p_bias, p_u, p_c, p_h, p_partial, i_m, first_row, first_column, n_m, n_n,
+            BM, BN // 2, PARTS // 2, DTYPE, DESCRIBED,
+        )  # fmt: skip
+        _epilogue(
+            b_right, p_bias, p_u, p_c, p_h, p_partial, i_m, first_row, first_column + BN // 2,
+            n_m, n_n, BM, BN // 2, PARTS // 2, DTYPE, DESCRIBED,
+        )  # fmt: skip
+    else:
+        _finish(
+            b_acc, p_bias, p_u, p_c, p_h, p_partial, i_m, first_row, first_column, n_m, n_n,
+            BM, BN, DTYPE, DESCRIBED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    b_acc, p_bias, p_u, p_c, p_h, p_partial, i_m, first_row, first_column, n_m, n_n,
     BM: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     o_n = first_column + tl.arange(0, BN)
@@ -264,7 +287,7 @@ def _tile_kernel(
     i_tile, p_a, p_b, p_bias, p_u, p_c, p_h, p_partial, n_m, n_n, n_k, stride_a, stride_b,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,
-    HALVES: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_wide = tl.cdiv(n_n, BN)
     i_group = i_tile // (_GROUP * n_wide)
@@ -285,21 +308,10 @@ def _tile_kernel(
             b_b = _read(p_b, o_k, o_n, n_k, n_n, stride_b, BK, BN, DESCRIBED)
         # [BM, BK] @ [BK, BN] -> [BM, BN]
         b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
-    if HALVES:
-        b_left, b_right = b_acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        _epilogue(
-            b_left, p_bias, p_u, p_c, p_h, p_partial, i_m, o_m, o_n, n_m, n_n,
-            BM, BN // 2, DTYPE, DESCRIBED,
-        )  # fmt: skip
-        _epilogue(
-            b_right, p_bias, p_u, p_c, p_h, p_partial, i_m, o_m, o_n + BN // 2, n_m, n_n,
-            BM, BN // 2, DTYPE, DESCRIBED,
-        )  # fmt: skip
-    else:
-        _epilogue(
-            b_acc, p_bias, p_u, p_c, p_h, p_partial, i_m, o_m, o_n, n_m, n_n,
-            BM, BN, DTYPE, DESCRIBED,
-        )  # fmt: skip
+    _epilogue(
+        b_acc, p_bias, p_u, p_c, p_h, p_partial, i_m, o_m, o_n, n_m, n_n,
+        BM, BN, PARTS, DTYPE, DESCRIBED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -307,7 +319,7 @@ def _product_kernel(
     p_a, p_b, p_bias, p_u, p_c, p_h, p_partial, n_m, n_n, n_k, stride_a, stride_b,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,
-    HALVES: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # c = a b + bias, h = gelu(c);  or, where u is given, c = (a b) gelu'(u), h = gelu(u)
     if DESCRIBED:
@@ -316,13 +328,13 @@ def _product_kernel(
             _tile_kernel(
                 i_tile, p_a, p_b, p_bias, p_u, p_c, p_h, p_partial,
                 n_m, n_n, n_k, stride_a, stride_b,
-                BM, BN, BK, A_TRANSPOSED, B_TRANSPOSED, DTYPE, HALVES, DESCRIBED, PRECISION,
+                BM, BN, BK, A_TRANSPOSED, B_TRANSPOSED, DTYPE, PARTS, DESCRIBED, PRECISION,
             )  # fmt: skip
     else:
         _tile_kernel(
             tl.program_id(0), p_a, p_b, p_bias, p_u, p_c, p_h, p_partial,
             n_m, n_n, n_k, stride_a, stride_b,
-            BM, BN, BK, A_TRANSPOSED, B_TRANSPOSED, DTYPE, HALVES, DESCRIBED, PRECISION,
+            BM, BN, BK, A_TRANSPOSED, B_TRANSPOSED, DTYPE, PARTS, DESCRIBED, PRECISION,
         )  # fmt: skip
 
 
@@ -357,7 +369,7 @@ def _product(
             TensorDescriptor.from_tensor(a, block_a[::-1] if a_transposed else block_a),
             TensorDescriptor.from_tensor(b, block_b[::-1] if b_transposed else block_b),
         ]
-        block = [cut.rows, cut.columns // 2 if cut.halves else cut.columns]
+        block = [cut.rows, cut.columns // cut.parts]
         results = [None if t is None else TensorDescriptor.from_tensor(t, block) for t in results]
     programs = min(n_tall * n_wide, target.multiprocessors) if described else n_tall * n_wide
     with device_of(a):
@@ -365,7 +377,7 @@ def _product(
             *operands, bias, *results, partial, n_m, n_n, n_k, a.stride(0), b.stride(0),
             BM=cut.rows, BN=cut.columns, BK=cut.inner,
             A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, DTYPE=_TYPES[a.dtype],
-            HALVES=cut.halves, DESCRIBED=described,
+            PARTS=cut.parts, DESCRIBED=described,
             PRECISION=dot_precision() if a.dtype == torch.float32 else "tf32",
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
