@@ -7,8 +7,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from nanogpt.kernels.dispatch import resolve
+from nanogpt.kernels.dispatch import resolve, triton_kernels
 from nanogpt.kernels.linear import linear
 
 
@@ -35,6 +36,7 @@ def gelu_ffn(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
     *,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Two linear maps with the tanh form of GELU between them.
@@ -45,6 +47,9 @@ def gelu_ffn(
         x: (..., C) floating.
         w1: (F, C), w2: (C, F), as torch.nn.functional.linear takes them.
         b1: (F,) or None, b2: (C,) or None.
+        recompute: keep x alone for backward and compute what lies in the hidden layer once more
+            there: N F elements less memory in Triton, two to three times that in torch, for one
+            product more.
         impl: "auto" | "triton" | "torch" | "reference"; a named one never falls back.
     Returns: (..., C), dtype of x (of the autocast region under autocast).
     Raises: ValueError where shapes disagree; RuntimeError where the named implementation cannot
@@ -53,8 +58,21 @@ def gelu_ffn(
     """
     _check(x, w1, b1, w2, b2)
     picked = resolve("ffn", impl, x, w1, b1, w2, b2)
-    if picked == "reference":
-        return reference(x, w1, b1, w2, b2)
+    if picked == "triton":
+        return triton_kernels("ffn").gelu_ffn(x, w1, b1, w2, b2, recompute)
+    plain = reference if picked == "reference" else _torch
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(plain, x, w1, b1, w2, b2, use_reentrant=False)
+    return plain(x, w1, b1, w2, b2)
+
+
+def _torch(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+) -> torch.Tensor:
     return linear(F.gelu(linear(x, w1, b1), approximate="tanh"), w2, b2)
 
 
