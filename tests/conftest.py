@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels run on the CPU, interpreted; read when a kernel's module is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from nanogpt import cli
 
 

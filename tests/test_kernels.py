@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt import kernels
-from nanogpt.kernels import causal_attention, cross_entropy, gelu_ffn, layer_norm
+from nanogpt.kernels import causal_attention, cross_entropy, dispatch, gelu_ffn, layer_norm
 from nanogpt.kernels.dispatch import unsupported
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,14 +136,35 @@ def test_layer_norm_with_a_residual_gives_the_sum_too(impl):
     assert torch.allclose(y, F.layer_norm(total, (8,), weight, bias), atol=1e-6)
 
 
-def test_a_named_implementation_that_cannot_run_says_why():
+def test_a_named_implementation_that_cannot_run_says_why(monkeypatch):
     q = torch.randn(1, 1, 2, 4)
-    assert unsupported("triton") is not None
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "runs on a GPU" in unsupported("triton", "cpu")
+    with pytest.raises(RuntimeError, match=r'attention: impl="triton" cannot run: .*on a GPU'):
         causal_attention(q, q, q, impl="triton")
+    with pytest.raises(RuntimeError, match="cannot run"):
+        kernels.describe("triton", "cpu")
     with pytest.raises(ValueError, match="impl must be one of"):
         causal_attention(q, q, q, impl="cudnn")
-    assert "torch" in kernels.describe("auto")
+    assert kernels.describe("auto", "cpu").startswith("torch (auto")
+
+
+def test_without_triton_its_implementation_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert unsupported("triton", "cpu") == "Triton is not installed (pip install triton)"
+
+
+def test_auto_never_interprets_kernels_on_a_cpu():
+    x = torch.randn(1, 1, 2, 4)
+    assert dispatch.resolve("attention", "auto", x, x, x) == "torch"
+
+
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
+def test_every_operation_refuses_what_its_kernels_cannot_read(operation):
+    wide = torch.randn(2, 4, dtype=torch.float64)
+    given = [wide[None, None]] * 3 if operation == "attention" else [wide] * 3
+    reason = dispatch.triton_kernels(operation).unsupported(*given)
+    assert "float64" in reason
 
 
 BAD_CALLS = {

@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
 def describe(row: Compiled) -> str:
     """One line."""
     instructions = f"wgmma {row.wgmma:3d} tcgen05 {row.tcgen05:3d} bulk {row.bulk_copies:2d}"
-    size = f"{row.registers:3d} reg x {row.warps} warps, {row.shared_bytes:7,d} B, {instructions}"
+    size = f"{row.registers:3d} reg x {row.warps} warps, {row.shared_bytes:7,d} B"
     verdict = "; ".join(row.problems) or "ok"
     return f"sm_{row.target} {row.case:48s} {row.kernel:20s} {size}, {instructions}  {verdict}"
 
