@@ -8,6 +8,7 @@ same waits and arrivals in random order. Neither shows that the kernel computes 
 a GPU, where the last test of this file runs.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,48 +31,56 @@ gluon = pytest.importorskip("nanogpt.kernels.attention_gluon")
 needs_gluon = pytest.mark.skipif(gluon.GLUON_MISSING is not None, reason=str(gluon.GLUON_MISSING))
 
 SHARED_MEMORY_BYTES = 232_448  # what one program of an H100 can have
+VARIANTS = [  # width, dtype, consumers
+    (64, "float16", 2),
+    (64, "bfloat16", 2),
+    (128, "float16", 2),
+    (128, "bfloat16", 2),
+    (64, "float16", 3),
+    (64, "bfloat16", 3),
+]
 _COMPILE = """
 import json, subprocess, sys, tempfile
 from pathlib import Path
 import torch, triton
 from nanogpt.kernels import attention_gluon as gluon
-width, dtype, consumers = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
-kernel = gluon.compile_for_sm90(width, dtype, consumers)
-ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+def run(tool, *arguments):
+    command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
 with tempfile.TemporaryDirectory() as folder:
-    source = Path(folder, "kernel.ptx")
-    source.write_text(kernel.asm["ptx"])
-    command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "out"))]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    command = [str(ptxas.with_name("nvdisasm")), "-c", command[-1]]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-print(json.dumps([kernel.asm["ptx"], kernel.metadata.shared, run.stdout + run.stderr, sass]))
+    ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+    for width, dtype, consumers in json.loads(sys.argv[1]):
+        kernel = gluon.compile_for_sm90(width, getattr(torch, dtype), consumers)
+        ptx.write_text(kernel.asm["ptx"])
+        report = run("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin)
+        sass = run("nvdisasm", "-c", cubin)
+        print(json.dumps([kernel.asm["ptx"], kernel.metadata.shared, report, sass]))
 """
 
 
 # What the compiler makes of it.
 
 
-@needs_gluon
-@pytest.mark.parametrize(
-    ("width", "dtype", "consumers"),
-    [
-        (64, "float16", 2),
-        (64, "bfloat16", 2),
-        (128, "float16", 2),
-        (128, "bfloat16", 2),
-        (64, "float16", 3),
-        (64, "bfloat16", 3),
-    ],
-)
-def test_it_compiles_for_hopper_without_spills_or_serialized_products(
-    width: int, dtype: str, consumers: int
-) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, int], list[Any]]:
+    """PTX, bytes of shared memory, report of ptxas and machine code of every variant."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _COMPILE, str(width), dtype, str(consumers)]
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-c", _COMPILE, json.dumps(VARIANTS)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    ptx, shared, report, sass = json.loads(run.stdout)
+    return dict(zip(VARIANTS, map(json.loads, run.stdout.splitlines()), strict=True))
+
+
+@needs_gluon
+@pytest.mark.parametrize(("width", "dtype", "consumers"), VARIANTS)
+def test_it_compiles_for_hopper_without_spills_or_serialized_products(
+    width: int, dtype: str, consumers: int, compiled: dict[tuple[int, str, int], list[Any]]
+) -> None:
+    ptx, shared, report, sass = compiled[width, dtype, consumers]
     assert "0 bytes spill stores, 0 bytes spill loads" in report
     assert "serialized" not in report
     assert shared <= SHARED_MEMORY_BYTES
@@ -157,9 +168,26 @@ def test_forward_raises_with_the_reason_where_the_kernel_cannot_run() -> None:
         gluon.forward(*_tensors(), 0.125)
 
 
-def test_without_gluon_the_module_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon, "GLUON_MISSING", "no Gluon here")
-    assert gluon.unsupported(*_tensors()) == "no Gluon here"
+@needs_gluon
+def test_shapes_that_would_leave_a_warp_waiting_are_refused() -> None:
+    q, k, v = _tensors()
+    assert "q has more positions (40) than k (39)" in str(
+        gluon.unsupported(q, k[:, :, :39], v[:, :, :39])
+    )
+    assert "do not fit together" in str(gluon.unsupported(q, k, v[:, :, :39]))
+    assert "do not fit together" in str(gluon.unsupported(q[:, :2], k, v))
+
+
+def test_without_gluon_the_module_still_says_why_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    spec = importlib.util.spec_from_file_location("without_gluon", Path(str(gluon.__file__)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert str(module.unsupported(*_tensors())).startswith("this Triton has no Gluon")
 
 
 # The schedule: the kernel's own functions, run as Python.

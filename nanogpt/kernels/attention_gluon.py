@@ -112,6 +112,20 @@ def free_of(o_row, n_blocks, T, S, BS):
     return min((S - T + o_row + 1) // BS, n_blocks - 1)
 
 
+# Rings: block i lies in slot i mod STAGES; from lap to lap the parity of its barriers alternates.
+# Division, not bits: with & and >> here, ptxas gives up overlapping products (note C7513).
+
+
+@jit
+def _slot(i_number, STAGES: gl.constexpr):
+    return i_number % STAGES
+
+
+@jit
+def _parity(i_number, STAGES: gl.constexpr):
+    return (i_number // STAGES) & 1
+
+
 # Pieces of the consumer.
 
 
@@ -186,22 +200,24 @@ def _step(
     b_p = _unpack(b_pairs, s_v.dtype, layout_p)
     _turn("sync", W, CONSUMERS)
     b_s = warpgroup_mma(  # [64, D] @ [D, BS] -> [64, BS]
-        s_q, s_k.index(i_k % STAGES).permute((1, 0)), b_zero, use_acc=False, is_async=True
+        s_q, s_k.index(_slot(i_k, STAGES)).permute((1, 0)), b_zero, use_acc=False, is_async=True
     )
-    mbarrier.wait(full_v.index(i_v % STAGES), (i_v // STAGES) & 1)
-    b_o = warpgroup_mma(b_p, s_v.index(i_v % STAGES), b_o, is_async=True)  # [64, BS] @ [BS, D]
+    mbarrier.wait(full_v.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
+    b_o = warpgroup_mma(
+        b_p, s_v.index(_slot(i_v, STAGES)), b_o, is_async=True
+    )  # [64, BS] @ [BS, D]
     _turn("arrive", W + 1, CONSUMERS)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
-    mbarrier.arrive(free_k.index(i_k % STAGES), count=1)
+    mbarrier.arrive(free_k.index(_slot(i_k, STAGES)), count=1)
     if masked:
         b_s = _mask(b_s, o_first_key, o_last_key, BS)
     b_pairs_new, b_m, b_l, b_alpha = _softmax_step(b_s, b_m, b_l, scale2, masked, s_v.dtype)
     # The keys of the next step are awaited here, not there: the loop of this wait is what keeps
     # ptxas from moving the exponentials above behind the wait for the product below.
-    mbarrier.wait(full_k.index((i_k + 1) % STAGES), ((i_k + 1) // STAGES) & 1, pred=more)
+    mbarrier.wait(full_k.index(_slot(i_k + 1, STAGES)), _parity(i_k + 1, STAGES), pred=more)
     # b_pairs stands in deps so that its registers are not reused while the product reads them.
     b_o, b_pairs = warpgroup_mma_wait(0, deps=[b_o, b_pairs])
-    mbarrier.arrive(free_v.index(i_v % STAGES), count=1)
+    mbarrier.arrive(free_v.index(_slot(i_v, STAGES)), count=1)
     b_o = b_o * gl.convert_layout(b_alpha, gl.SliceLayout(1, layout_o))[:, None]
     return b_o, b_pairs_new, b_m, b_l, i_k
 
@@ -241,16 +257,16 @@ def _consume(
 
         # The last block, with nothing to overlap it.
         mbarrier.wait(full_q.index(W), i_round & 1)
-        mbarrier.wait(full_k.index(i_v % STAGES), (i_v // STAGES) & 1)
+        mbarrier.wait(full_k.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
         b_s = warpgroup_mma(  # [64, D] @ [D, BS] -> [64, BS]
-            s_q, r_k.index(i_v % STAGES).permute((1, 0)), b_zero, use_acc=False, is_async=True
+            s_q, r_k.index(_slot(i_v, STAGES)).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )
         b_s = warpgroup_mma_wait(0, deps=[b_s])
-        mbarrier.arrive(free_k.index(i_v % STAGES), count=1)
+        mbarrier.arrive(free_k.index(_slot(i_v, STAGES)), count=1)
         b_s = _mask(b_s, (n_blocks - 1) * BS, o_last_key, BS)
         b_pairs, b_m, b_l, _ = _softmax_step(b_s, b_m, b_l, scale2, True, dtype)
         i_k = i_v + 1
-        mbarrier.wait(full_k.index(i_k % STAGES), (i_k // STAGES) & 1, pred=n_blocks > 1)
+        mbarrier.wait(full_k.index(_slot(i_k, STAGES)), _parity(i_k, STAGES), pred=n_blocks > 1)
 
         for i_back in range(1, n_blocks - n_free):
             b_o, b_pairs, b_m, b_l, i_v = _step(
@@ -266,14 +282,16 @@ def _consume(
             )  # fmt: skip
 
         mbarrier.arrive(free_q.index(W), count=1)
-        mbarrier.wait(full_v.index(i_v % STAGES), (i_v // STAGES) & 1)
+        mbarrier.wait(full_v.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
         b_p = _unpack(b_pairs, dtype, layout_p)
-        b_o = warpgroup_mma(b_p, r_v.index(i_v % STAGES), b_o, is_async=True)  # [64, BS] @ [BS, D]
+        b_o = warpgroup_mma(
+            b_p, r_v.index(_slot(i_v, STAGES)), b_o, is_async=True
+        )  # [64, BS] @ [BS, D]
         o_t = o_row + gl.arange(0, 64, rows_s)
         gl.store(p_lse + i_head.to(gl.int64) * T + o_t, b_m * scale2 + gl.log2(b_l), o_t < T)
         b_inverse = gl.convert_layout(1.0 / b_l, rows_o)
         b_o = warpgroup_mma_wait(0, deps=[b_o])
-        mbarrier.arrive(free_v.index(i_v % STAGES), count=1)
+        mbarrier.arrive(free_v.index(_slot(i_v, STAGES)), count=1)
         i_v += 1
         tma.store_wait(0)  # the previous tile has left s_o
         s_o.store((b_o * b_inverse[:, None]).to(dtype))
@@ -293,8 +311,8 @@ def _fill(
 ):  # fmt: skip
     """Copy one block of keys or values, once every consumer has released its slot."""
     four_d: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
-    i_stage = i_slot % STAGES
-    mbarrier.wait(free.index(i_stage), ((i_slot // STAGES) & 1) ^ 1)
+    i_stage = _slot(i_slot, STAGES)
+    mbarrier.wait(free.index(i_stage), _parity(i_slot, STAGES) ^ 1)
     mbarrier.expect(full.index(i_stage), BS * D * 2)
     tma.async_copy_global_to_shared(
         desc, [i_b, i_h, o_s, 0], full.index(i_stage),
@@ -439,6 +457,10 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
                 return f"{name} has strides {x.stride()}; all but the last must be multiples of 8"
         if x.data_ptr() % 16 != 0:
             return f"{name} does not begin at a multiple of 16 bytes"
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        return f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
+    if q.shape[2] > k.shape[2]:
+        return f"q has more positions ({q.shape[2]}) than k ({k.shape[2]})"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_cuda:
             return f"{name} is on {x.device}; the kernel needs a GPU of compute capability 9.0"
