@@ -246,6 +246,7 @@ def test_heads_are_grouped_by_what_the_cache_holds() -> None:
     assert gluon.programs_and_group(96, 1024, 1024, 64, 132, True) == (132, 96)
     assert gluon.programs_and_group(96, 1024, 1024, 64, 132, False) == (768, 96)
     assert gluon.programs_and_group(64, 8192, 8192, 128, 132, True) == (132, 8)
+    assert gluon.programs_and_group(96, 1024, 1024, 64, 132, False, 3) == (576, 96)
     assert gluon.programs_and_group(2, 1, 1_000_000, 128, 132, True) == (2, 1)
 
 
@@ -516,14 +517,19 @@ def test_the_simulated_barriers_neither_block_nor_let_a_slot_be_overwritten(
     reason="needs a GPU of compute capability 9.0",
 )
 @pytest.mark.parametrize("persistent", [True, False])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("width", "consumers"), [(64, 2), (64, 3), (128, 2)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n_queries", "n_keys"),
     [(1, 1), (1, 300), (64, 64), (128, 128), (129, 129), (200, 457), (1024, 1024), (2111, 2111)],
 )
 def test_on_hopper_it_agrees_with_the_definition(
-    n_queries: int, n_keys: int, dtype: torch.dtype, width: int, persistent: bool
+    n_queries: int,
+    n_keys: int,
+    dtype: torch.dtype,
+    width: int,
+    consumers: int,
+    persistent: bool,
 ) -> None:
     together = torch.randn(2, n_keys, 3, 5, width, device="cuda", dtype=dtype)
     q, k, v = (x.transpose(1, 2) for x in together.unbind(2))
@@ -532,7 +538,7 @@ def test_on_hopper_it_agrees_with_the_definition(
     scale = width**-0.5
     exact = reference(q.double(), k.double(), v.double(), scale)
     theirs = reference(q, k, v, scale)
-    out, lse2 = gluon.forward(q, k, v, scale, persistent=persistent)
+    out, lse2 = gluon.forward(q, k, v, scale, persistent=persistent, consumers=consumers)
     assert out.shape == q.shape
     tolerance = 2 * (theirs.double() - exact).abs().max() + 1e-5
     assert (out.double() - exact).abs().max() <= tolerance

@@ -199,13 +199,13 @@ def _step(
     b_zero = gl.zeros([64, BS], gl.float32, layout_s)
     b_p = _unpack(b_pairs, s_v.dtype, layout_p)
     _turn("sync", W, CONSUMERS)
-    b_s = warpgroup_mma(  # [64, D] @ [D, BS] -> [64, BS]
+    # [64, D] @ [D, BS] -> [64, BS]
+    b_s = warpgroup_mma(
         s_q, s_k.index(_slot(i_k, STAGES)).permute((1, 0)), b_zero, use_acc=False, is_async=True
     )
     mbarrier.wait(full_v.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
-    b_o = warpgroup_mma(
-        b_p, s_v.index(_slot(i_v, STAGES)), b_o, is_async=True
-    )  # [64, BS] @ [BS, D]
+    # [64, BS] @ [BS, D] -> [64, D]
+    b_o = warpgroup_mma(b_p, s_v.index(_slot(i_v, STAGES)), b_o, is_async=True)
     _turn("arrive", W + 1, CONSUMERS)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(free_k.index(_slot(i_k, STAGES)), count=1)
@@ -258,7 +258,8 @@ def _consume(
         # The last block, with nothing to overlap it.
         mbarrier.wait(full_q.index(W), i_round & 1)
         mbarrier.wait(full_k.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
-        b_s = warpgroup_mma(  # [64, D] @ [D, BS] -> [64, BS]
+        # [64, D] @ [D, BS] -> [64, BS]
+        b_s = warpgroup_mma(
             s_q, r_k.index(_slot(i_v, STAGES)).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )
         b_s = warpgroup_mma_wait(0, deps=[b_s])
@@ -284,9 +285,8 @@ def _consume(
         mbarrier.arrive(free_q.index(W), count=1)
         mbarrier.wait(full_v.index(_slot(i_v, STAGES)), _parity(i_v, STAGES))
         b_p = _unpack(b_pairs, dtype, layout_p)
-        b_o = warpgroup_mma(
-            b_p, r_v.index(_slot(i_v, STAGES)), b_o, is_async=True
-        )  # [64, BS] @ [BS, D]
+        # [64, BS] @ [BS, D] -> [64, D]
+        b_o = warpgroup_mma(b_p, r_v.index(_slot(i_v, STAGES)), b_o, is_async=True)
         o_t = o_row + gl.arange(0, 64, rows_s)
         gl.store(p_lse + i_head.to(gl.int64) * T + o_t, b_m * scale2 + gl.log2(b_l), o_t < T)
         b_inverse = gl.convert_layout(1.0 / b_l, rows_o)
@@ -471,8 +471,9 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
 
 
 def programs_and_group(
-    n_heads: int, n_queries: int, n_keys: int, width: int, multiprocessors: int, persistent: bool
-) -> tuple[int, int]:
+    n_heads: int, n_queries: int, n_keys: int, width: int, multiprocessors: int, persistent: bool,
+    consumers: int = CONSUMERS,
+) -> tuple[int, int]:  # fmt: skip
     """How many programs run, and how many heads are worked on side by side.
 
     Args:
@@ -480,8 +481,9 @@ def programs_and_group(
         n_queries, n_keys, width: T, S, D.
         multiprocessors: of the device; each holds one program.
         persistent: one program a multiprocessor, which takes several tiles; otherwise one a tile.
+        consumers: a tile has 64 queries for each.
     """
-    n_tiles = n_heads * -(-n_queries // (ROWS * CONSUMERS))
+    n_tiles = n_heads * -(-n_queries // (ROWS * consumers))
     programs = min(n_tiles, multiprocessors) if persistent else n_tiles
     return programs, max(1, min(n_heads, _CACHE_BYTES // (4 * n_keys * width)))
 
@@ -493,6 +495,7 @@ def forward(
     scale: float,
     *,
     persistent: bool = True,
+    consumers: int = CONSUMERS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention and the base-2 logarithms of its sums.
 
@@ -504,8 +507,10 @@ def forward(
         k, v: (B, H, S, D), S >= T, dtype and device of q; strides as for q.
         scale: multiplies the logits, dimensionless, > 0.
         persistent: one program a multiprocessor takes several tiles; otherwise one program a tile.
+        consumers: warp groups of 64 query rows each: 2, or 3 where D is 64.
     Returns: out (B, H, T, D), dtype of q, a view of a contiguous (B, T, H, D); lse2 (B, H, T) fp32.
-    Raises: RuntimeError with the reason where the kernel cannot run; ValueError for scale <= 0.
+    Raises: RuntimeError with the reason where the kernel cannot run; ValueError for another scale
+        or number of consumers.
     """
     reason = unsupported(q, k, v)
     if reason is not None:
@@ -513,20 +518,23 @@ def forward(
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, not {scale}")
     n_batch, n_head, n_queries, width = q.shape
+    if consumers not in ((2, 3) if width == 64 else (2,)):
+        raise ValueError(f"heads of width {width} cannot have {consumers} consumers")
     n_keys = k.shape[2]
     out = q.new_empty(n_batch, n_queries, n_head, width).transpose(1, 2)  # (B, H, T, D)
     lse2 = q.new_empty(n_batch, n_head, n_queries, dtype=torch.float32)  # (B, H, T)
     if q.numel() == 0:
         return out, lse2
     n_heads = n_batch * n_head
+    multiprocessors = _multiprocessors(q.device.index)
     programs, group = programs_and_group(
-        n_heads, n_queries, n_keys, width, _multiprocessors(q.device.index), persistent
+        n_heads, n_queries, n_keys, width, multiprocessors, persistent, consumers
     )
     with torch.cuda.device(q.device):
         _forward_kernel[(programs,)](
             _descriptor(q, ROWS), _descriptor(k, BS), _descriptor(v, BS), _descriptor(out, ROWS),
             lse2, n_queries, n_keys, n_head, n_heads, group, scale * _LOG2_E,
-            **_constants(width, CONSUMERS), num_warps=4,
+            **_constants(width, consumers), num_warps=4,
         )  # fmt: skip
     return out, lse2
 
