@@ -8,6 +8,7 @@ same waits and arrivals in random order. Neither shows that the kernel computes 
 a GPU, where the last test of this file runs.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -142,7 +143,6 @@ def test_a_dimension_of_size_one_may_have_any_stride() -> None:
         (lambda q, k, v: (q.float(), k, v), "q is torch.float32"),
         (lambda q, k, v: (q, k.bfloat16(), v), "k is torch.bfloat16, but q is torch.float16"),
         (lambda q, k, v: (q[..., :32], k, v), "q has heads of width 32"),
-        (lambda q, k, v: (q, k, v[..., ::2].repeat(1, 1, 1, 2)[..., ::1]), "is on cpu"),
         (lambda q, k, v: (q, k, v.mT.contiguous().mT), "the last stride of v is"),
         (lambda q, k, v: (q, k[:1].expand(2, -1, -1, -1), v), "multiples of 8"),
         (lambda q, k, v: (_shifted(q, 0, 68), k, v), "multiples of 8"),
@@ -166,6 +166,64 @@ def _shifted(x: torch.Tensor, offset: int, row: int) -> torch.Tensor:
 def test_forward_raises_with_the_reason_where_the_kernel_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="cannot run: q is on cpu"):
         gluon.forward(*_tensors(), 0.125)
+
+
+@needs_gluon
+def test_a_scale_or_a_number_of_consumers_that_the_kernel_does_not_know_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gluon, "unsupported", lambda *_: None)
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="scale must be positive"):
+            gluon.forward(*_tensors(), scale)
+    with pytest.raises(ValueError, match="width 128 cannot have 3 consumers"):
+        gluon.forward(*_tensors(128), 0.125, consumers=3)
+
+
+@needs_gluon
+def test_the_launcher_hands_over_views_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*values: object, num_warps: int, **constants: object) -> None:
+                names = [parameter.name for parameter in kernel.params]
+                arguments = dict(zip(names, values, strict=False)) | constants
+                assert list(arguments) == names
+                launches.append(arguments | {"grid": grid, "num_warps": num_warps})
+
+            return launch
+
+    kernel = gluon._forward_kernel
+    monkeypatch.setattr(gluon, "_forward_kernel", Recorder())
+    monkeypatch.setattr(gluon, "unsupported", lambda *_: None)
+    monkeypatch.setattr(gluon, "_multiprocessors", lambda _: 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    q, k, v = _tensors()
+    q = q[:, :, :30]
+    out, lse2 = gluon.forward(q, k, v, 0.125)
+    assert out.shape == q.shape
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse2.shape == q.shape[:3]
+    (launch,) = launches
+    assert (launch["grid"], launch["num_warps"]) == ((3,), 4)
+    assert [launch[name] for name in ("T", "S", "H", "n_heads", "n_group")] == [30, 40, 4, 8, 8]
+    assert launch["scale2"] == pytest.approx(0.125 / math.log(2))
+    assert launch["p_lse"] is lse2
+    for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128), ("o", out, 64)):
+        descriptor = launch[f"desc_{name}"]
+        assert descriptor.base is x
+        assert (descriptor.shape, descriptor.strides) == (list(x.shape), list(x.stride()))
+        assert descriptor.block_shape == [1, 1, rows, 64]
+
+
+@needs_gluon
+def test_nothing_is_launched_for_no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "unsupported", lambda *_: None)
+    q, k, v = _tensors()
+    out, lse2 = gluon.forward(q[:, :, :0], k, v, 0.125)
+    assert out.shape == (2, 4, 0, 64)
+    assert lse2.shape == (2, 4, 0)
 
 
 @needs_gluon
