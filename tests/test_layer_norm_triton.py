@@ -21,7 +21,7 @@ def run(impl, x, weight, bias, residual, dtype=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("biased", "added"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("biased", "added"), list(itertools.product([True, False], repeat=2)))
 def test_output_sum_and_gradients_are_as_exact_as_torchs(width, dtype, biased, added):
     x, residual = (torch.randn(3, 7, width, device=DEVICE).to(dtype) for _ in "xr")
     weight, bias = (torch.randn(width, device=DEVICE).to(dtype) for _ in "wb")
