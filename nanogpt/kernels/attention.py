@@ -6,7 +6,7 @@ out[b,h,i] = sum_j softmax_j(scale * <q[b,h,i], k[b,h,j]>) v[b,h,j],   j <= S - 
 import torch
 import torch.nn.functional as F
 
-from nanogpt.kernels.dispatch import resolve
+from nanogpt.kernels.dispatch import resolve, triton_kernels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -47,6 +47,8 @@ def causal_attention(
     picked = resolve("attention", impl, q, k, v)
     if picked == "reference":
         return reference(q, k, v, scale)
+    if picked == "triton":
+        return triton_kernels("attention").causal_attention(q, k, v, scale)
     n_queries, n_keys = q.shape[2], k.shape[2]
     if n_queries == n_keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -65,9 +65,14 @@ def fits_descriptor(x: torch.Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and 0 not in x.shape and 0 not in x.stride()
 
 
-def dot_precision() -> str:
-    """How float32 products are made: three tf32 products keep float32's accuracy."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+def dot_precision(exact: str = "tf32x3") -> str:
+    """How float32 products are made: tf32 only where torch was told so, else `exact`.
+
+    Args:
+        exact: "tf32x3", three products that keep float32's accuracy, or "ieee", which needs fewer
+            registers.
+    """
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else exact
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

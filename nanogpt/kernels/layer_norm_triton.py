@@ -25,7 +25,7 @@ from nanogpt.kernels.launch_triton import (
     target_of,
 )
 
-WIDEST = 16_384
+WIDEST = 8192
 # Elements of a tile and warps; not measured on any device yet.
 _TILE_ELEMENTS = 4096
 
