@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 # Part, unit (what runs in one process), seconds of its share, module, function, argument.
 _KERNELS = (
-    ("attention", 45),
+    ("attention", 75),
     ("ffn", 25),
     ("cross_entropy", 20),
     ("linear_cross_entropy", 15),
@@ -38,11 +38,11 @@ UNITS: tuple[tuple[str, str, float, str, str, str | None], ...] = (
         ("correctness", f"correctness-{name}", share, "gpu_correctness", "run_correctness", name)
         for name, share in _KERNELS
     ),
-    ("attention", "attention", 95, "gpu_kernels", "run_attention", None),
+    ("attention", "attention", 90, "gpu_kernels", "run_attention", None),
     ("ffn", "ffn", 60, "gpu_kernels", "run_ffn", None),
     ("cross_entropy", "cross_entropy", 35, "gpu_kernels", "run_cross_entropy", None),
     ("layer_norm", "layer_norm", 30, "gpu_kernels", "run_layer_norm", None),
-    ("training", "training", 90, "gpu_training", "run_training", None),
+    ("training", "training", 110, "gpu_training", "run_training", None),
     ("decode", "decode", 25, "gpu_training", "run_decode", None),
 )
 PARTS = tuple(dict.fromkeys(unit[0] for unit in UNITS))
@@ -66,7 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="what to write down where this is no git checkout")
     parser.add_argument(
-        "--one-process", action="store_true", help="no process of its own for each part"
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        help="a process of its own for each part (default: on a GPU)",
     )
     parser.add_argument("--unit", help=argparse.SUPPRESS)
     parser.add_argument("--unit-seconds", type=float, help=argparse.SUPPRESS)
@@ -110,9 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n== {unit}, {seconds:.0f} s", flush=True)
             journal = Path(folder) / f"{unit}.jsonl"
             journal.touch()
-            isolated = cuda and not options.one_process
-            run = _in_a_process_of_its_own if isolated else _in_this_process
-            problem = run(options, unit, seconds, journal, found.ceilings)
+            isolated = cuda if options.isolate is None else options.isolate
+            problem = None
+            if isolated:
+                problem = _in_a_process_of_its_own(options, unit, seconds, journal, found.ceilings)
+            else:
+                _in_this_process(options, unit, seconds, journal, found.ceilings)
             found.read(journal)
             if problem:
                 found.failures.append(f"{unit}: {problem}")
@@ -128,7 +133,7 @@ def run_unit(options: argparse.Namespace) -> None:
     if options.unit.startswith(("correctness", "attention")):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
     import torch
-    from gpu_session import Session
+    from gpu_session import DeviceLost, Session, last_lines
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -141,8 +146,13 @@ def run_unit(options: argparse.Namespace) -> None:
         journal=options.journal,
         ceilings=options.ceilings,
     )
-    run: Callable[..., None] = getattr(importlib.import_module(module), function)
-    run(session, *([argument] if argument else []))
+    try:
+        run: Callable[..., None] = getattr(importlib.import_module(module), function)
+        run(session, *([argument] if argument else []))
+    except DeviceLost as error:
+        session.fail(options.unit, f"the device was lost, the rest of this part too: {error}")
+    except Exception as error:
+        session.fail(options.unit, last_lines(error))
 
 
 def _in_this_process(
@@ -151,16 +161,10 @@ def _in_this_process(
     seconds: float,
     journal: Path,
     ceilings: dict[str, float],
-) -> str | None:
-    """What went wrong, or None."""
-    from gpu_session import last_lines
-
+) -> None:
+    """The unit reports by itself what went wrong."""
     given = {"unit": unit, "unit_seconds": seconds, "journal": journal, "ceilings": ceilings}
-    try:
-        run_unit(argparse.Namespace(**(vars(options) | given)))
-    except Exception as error:
-        return last_lines(error)
-    return None
+    run_unit(argparse.Namespace(**(vars(options) | given)))
 
 
 def _in_a_process_of_its_own(

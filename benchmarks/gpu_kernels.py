@@ -252,13 +252,17 @@ def _decode_attention_shape(
     if session.device == "cpu":
         times = session.times(found | peers)
     else:
-        times = {
-            name: graph_seconds([partial(functions[name], *given) for given in calls])
-            for name in (found | peers)
-        }
-    for name in found:
+        times = {}
+        for name in found | peers:
+            recorded = [partial(functions[name], *given) for given in calls]
+
+            def run(name: str = name, recorded: list[Function] = recorded) -> None:
+                times[name] = graph_seconds(recorded)
+
+            session.runs(f"a graph of {name} of {shape}", run, peer=name in peers)
+    for name in found.keys() & times.keys():
         row = {"pass": "decoding", **shape, "ours": name}
-        of_peers = {peer: times[peer] for peer in peers}
+        of_peers = {peer: times[peer] for peer in peers if peer in times}
         session.row("gpu-attention", row, dtype, times[name], of_peers, nbytes=nbytes)
 
 

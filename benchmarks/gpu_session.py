@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from recording import describe_row, make_row, measure_ceilings, median_seconds
 
 _UNAVAILABLE = re.compile(r'impl="\w+" cannot run: (.*)', re.S)
@@ -216,8 +217,8 @@ def run_ceilings(session: Session) -> None:
 
 def unavailable(error: Exception) -> str | None:
     """The reason where an implementation says that it cannot run, or None for an error."""
-    if isinstance(error, ModuleNotFoundError) and "nanogpt.kernels" in str(error):
-        return f"{error.name} is not in this version"
+    if isinstance(error, ImportError) and str(error.name or "").startswith("nanogpt.kernels"):
+        return f"not in this version: {one_line(error).partition(' (')[0]}"
     found = _UNAVAILABLE.search(str(error)) if isinstance(error, RuntimeError) else None
     return one_line(found[1]) if found else None
 

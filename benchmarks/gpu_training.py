@@ -133,40 +133,38 @@ def run_training(session: Session) -> None:
     impl_of_ours = _runnable(session, config)
     if impl_of_ours is not None:
         _loss_curves(session, config, stream, impl_of_ours)
-    # Name -> kernels (None: the recipe), compiled or not. The peers first, so that a row has them.
-    kinds: dict[str, tuple[str | None, bool]] = {"recipe, compile": (None, True)}
-    kinds["torch"] = ("torch", False)
+    # Name -> kernels (None: the recipe), compiled or not. Peers first, so that rows have them.
+    kinds: list[tuple[str, str | None, bool]] = [("recipe, compile", None, True)]
+    kinds += [("torch", "torch", False)]
     if impl_of_ours is not None:
-        kinds[impl_of_ours] = (impl_of_ours, False)
-        kinds[f"{impl_of_ours}, compile"] = (impl_of_ours, True)
-    kinds["torch, compile"] = ("torch", True)
+        kinds += [(impl_of_ours, impl_of_ours, False)]
+    kinds += [("torch, compile", "torch", True)]
+    if impl_of_ours is not None:
+        kinds += [(f"{impl_of_ours}, compile", impl_of_ours, True)]
     seconds: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
-    for name, (impl, compiles) in kinds.items():
-        what = f"training, {name}"
-        if session.has_time(what, 10):
-            with session.guard(what):
-                seconds[name], peaks[name] = _time_steps(
-                    session, config, stream, batch, impl, compiles
-                )
     tokens = batch * config.block_size
-    for name, took in seconds.items():
-        rate = tokens / took
-        session.say(f"training, {name}: {took * 1e3:.2f} ms a step, {rate:,.0f} tokens/s")
-    peers = {name: took for name, took in seconds.items() if name.startswith(("recipe", "torch"))}
-    for name in seconds:
-        if name not in peers:
-            flops = config.flops_per_token() * tokens
-            rate = tokens / seconds[name]
+    flops = config.flops_per_token() * tokens
+    for name, impl, compiles in kinds:
+        what = f"training, {name}"
+        if not session.has_time(what, 3 if session.tiny else 35 if compiles else 8):
+            continue
+        with session.guard(what):
+            seconds[name], peaks[name] = _time_steps(session, config, stream, batch, impl, compiles)
+            took = seconds[name]
+            session.say(f"{what}: {took * 1e3:.2f} ms a step, {tokens / took:,.0f} tokens/s")
+            if impl is None or name.startswith("torch"):
+                continue
+            peers = [peer for peer in seconds if peer.startswith(("recipe", "torch"))]
             session.row(
                 "gpu-training",
                 {"model": _name(session), "batch": batch, "T": config.block_size, "ours": name},
                 torch.float32 if session.tiny else torch.bfloat16,
-                seconds[name],
-                peers,
+                took,
+                {peer: seconds[peer] for peer in peers},
                 flops=flops,
-                tokens_per_second=rate,
-                mfu_of_989_tflops=flops / seconds[name] / HOPPER_PEAK_FLOPS,
+                tokens_per_second=tokens / took,
+                mfu_of_989_tflops=flops / took / HOPPER_PEAK_FLOPS,
                 peak_bytes=peaks[name],
                 peers_peak_bytes={peer: peaks[peer] for peer in peers},
             )

@@ -13,6 +13,8 @@ from recording import RESULTS, bytes_rate, flops_rate, in_words, rate  # noqa: E
 NO_GPU = "Every GPU figure:"
 """How the paragraph of the notes begins that stands until a GPU result exists."""
 
+RATES = ("tokens_per_second", "tflops", "bytes_per_second")
+
 
 def main() -> None:
     """Write RESULTS.md."""
@@ -78,9 +80,6 @@ def _rates(row: dict[str, Any]) -> str:
     if row.get("peak_bytes"):
         shown.append(f"{row['peak_bytes'] / 1e9:.1f} GB")
     return ", ".join(shown)
-
-
-RATES = ("tokens_per_second", "tflops", "bytes_per_second")
 
 
 def _ceilings(ceilings: dict[str, float]) -> str:
