@@ -5,6 +5,7 @@ the default mode and in the deterministic one. New memory is full of NaN, inputs
 are, and two deterministic runs must agree bit for bit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def _lse2(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(hidden, -torch.inf).logsumexp(-1) / torch.log(torch.tensor(2.0))
+    return scores.masked_fill(hidden, -torch.inf).logsumexp(-1) / math.log(2)
 
 
 def _ffn_cases(session: Session) -> Iterator[Case]:
