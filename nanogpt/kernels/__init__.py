@@ -12,7 +12,7 @@ A named implementation never falls back: it raises RuntimeError with the reason.
 """
 
 from nanogpt.kernels.attention import causal_attention
-from nanogpt.kernels.cross_entropy import cross_entropy
+from nanogpt.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from nanogpt.kernels.dispatch import IMPLEMENTATIONS, describe, unsupported
 from nanogpt.kernels.ffn import gelu_ffn
 from nanogpt.kernels.layer_norm import layer_norm
@@ -26,5 +26,6 @@ __all__ = [
     "gelu_ffn",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "unsupported",
 ]

@@ -25,9 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt.kernels.launch_triton import (
     LOG2_E,
+    aligned,
     device_of,
     dot_precision,
-    fits_descriptor,
     operator,
     refuse_dtype,
     target_of,
@@ -49,57 +49,53 @@ class Tile:
 # (kernel, head width up to, bytes an element, generation) -> tile. Registers, spills and shared
 # memory of every entry are read by tests/test_codegen.py; no time has been measured on a device.
 TILES: dict[tuple[str, int, int, int], Tile] = {
-    ("forward", 64, 2, 80): Tile(128, 64, 4, 3),
+    ("forward", 64, 2, 80): Tile(128, 64, 8, 3),
     ("forward", 64, 2, 90): Tile(128, 64, 4, 3),
     ("forward", 64, 2, 100): Tile(128, 128, 8, 2),
-    ("forward", 128, 2, 80): Tile(128, 64, 8, 2),
+    ("forward", 128, 2, 80): Tile(128, 32, 8, 2),
     ("forward", 128, 2, 90): Tile(128, 128, 8, 2),
-    ("forward", 128, 2, 100): Tile(128, 64, 8, 2),
-    ("forward", 256, 2, 80): Tile(64, 32, 4, 2),
+    ("forward", 128, 2, 100): Tile(128, 128, 8, 2),
+    ("forward", 256, 2, 80): Tile(64, 32, 8, 2),
     ("forward", 256, 2, 90): Tile(128, 64, 8, 2),
     ("forward", 256, 2, 100): Tile(64, 32, 4, 2),
     ("forward", 64, 4, 80): Tile(32, 32, 8, 1),
-    ("forward", 128, 4, 80): Tile(32, 32, 8, 1),
+    ("forward", 128, 4, 80): Tile(16, 32, 8, 1),
     ("forward", 256, 4, 80): Tile(16, 16, 8, 1),
-    ("by_keys_dq", 64, 2, 80): Tile(64, 64, 4, 2),
+    ("by_keys_dq", 64, 2, 80): Tile(32, 64, 4, 2),
     ("by_keys_dq", 64, 2, 90): Tile(64, 128, 8, 3),
     ("by_keys_dq", 64, 2, 100): Tile(64, 64, 4, 2),
     ("by_keys_dq", 128, 2, 80): Tile(32, 64, 8, 2),
     ("by_keys_dq", 128, 2, 90): Tile(64, 64, 8, 2),
     ("by_keys_dq", 128, 2, 100): Tile(32, 64, 8, 2),
-    ("by_keys_dq", 256, 2, 80): Tile(16, 32, 8, 1),
-    ("by_keys_dq", 256, 2, 90): Tile(32, 64, 8, 1),
-    ("by_keys_dq", 256, 2, 100): Tile(16, 32, 8, 1),
     ("by_keys_dq", 64, 4, 80): Tile(32, 32, 8, 1),
-    ("by_keys_dq", 128, 4, 80): Tile(32, 32, 8, 1),
-    ("by_keys_dq", 256, 4, 80): Tile(16, 16, 8, 1),
-    ("by_keys", 64, 2, 80): Tile(64, 64, 4, 2),
+    ("by_keys_dq", 128, 4, 80): Tile(16, 32, 8, 1),
+    ("by_keys", 64, 2, 80): Tile(32, 64, 4, 2),
     ("by_keys", 64, 2, 90): Tile(64, 128, 8, 3),
     ("by_keys", 64, 2, 100): Tile(64, 64, 4, 2),
     ("by_keys", 128, 2, 80): Tile(32, 64, 8, 2),
     ("by_keys", 128, 2, 90): Tile(64, 128, 8, 2),
     ("by_keys", 128, 2, 100): Tile(32, 64, 8, 2),
     ("by_keys", 256, 2, 80): Tile(16, 32, 8, 1),
-    ("by_keys", 256, 2, 90): Tile(32, 64, 8, 1),
-    ("by_keys", 256, 2, 100): Tile(16, 32, 8, 1),
+    ("by_keys", 256, 2, 90): Tile(32, 64, 8, 2),
+    ("by_keys", 256, 2, 100): Tile(64, 64, 8, 1),
     ("by_keys", 64, 4, 80): Tile(32, 32, 8, 1),
-    ("by_keys", 128, 4, 80): Tile(32, 32, 8, 1),
+    ("by_keys", 128, 4, 80): Tile(16, 32, 8, 1),
     ("by_keys", 256, 4, 80): Tile(16, 16, 8, 1),
-    ("by_queries", 64, 2, 80): Tile(64, 64, 4, 2),
+    ("by_queries", 64, 2, 80): Tile(64, 32, 4, 2),
     ("by_queries", 64, 2, 90): Tile(128, 64, 8, 3),
     ("by_queries", 64, 2, 100): Tile(64, 64, 4, 2),
     ("by_queries", 128, 2, 80): Tile(64, 32, 4, 2),
     ("by_queries", 128, 2, 90): Tile(128, 64, 8, 2),
     ("by_queries", 128, 2, 100): Tile(64, 32, 4, 2),
     ("by_queries", 256, 2, 80): Tile(32, 16, 4, 1),
-    ("by_queries", 256, 2, 90): Tile(64, 32, 8, 1),
-    ("by_queries", 256, 2, 100): Tile(32, 16, 4, 1),
-    ("by_queries", 64, 4, 80): Tile(32, 32, 8, 1),
-    ("by_queries", 128, 4, 80): Tile(32, 32, 8, 1),
+    ("by_queries", 256, 2, 90): Tile(64, 32, 8, 2),
+    ("by_queries", 256, 2, 100): Tile(64, 32, 8, 1),
+    ("by_queries", 64, 4, 80): Tile(16, 32, 8, 1),
+    ("by_queries", 128, 4, 80): Tile(16, 32, 8, 1),
     ("by_queries", 256, 4, 80): Tile(16, 16, 8, 1),
 }
-# Keys of a tile of decoding: 64 rows of up to 128 elements, fewer of wider ones.
-_DECODE_ELEMENTS = 8192
+# Keys of a tile of decoding: 64 rows of up to 64 elements, fewer of wider ones.
+_DECODE_ELEMENTS = 4096
 # Keys and values of the heads that run together: half of a Hopper's cache of 50 MB.
 _GROUP_BYTES = 24 * 2**20
 
@@ -485,16 +481,19 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _uses_descriptors(generation: int, *tensors: torch.Tensor) -> bool:
-    width = tensors[0].shape[-1]
-    fits = width * tensors[0].element_size() % 16 == 0 and all(map(fits_descriptor, tensors))
-    return generation >= 90 and fits
+def _uses_descriptors(generation: int, x: torch.Tensor) -> bool:
+    """Whether tiles come by descriptors: not for float32, whose products read registers anyway."""
+    return generation >= 90 and x.element_size() == 2
 
 
 def _empty_like_q(q: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) in memory as (B, T, H, D), so that joining the heads afterwards is free."""
+    """(B, H, T, D) in memory as (B, T, H, D), so that joining the heads afterwards is free.
+
+    Rows begin at multiples of 16 elements, as in `aligned`.
+    """
     batch, heads, positions, width = q.shape
-    return q.new_empty(batch, positions, heads, width).transpose(1, 2)
+    memory = q.new_empty(batch, positions, heads, -(-width // 16) * 16)
+    return memory[..., :width].transpose(1, 2)
 
 
 def _forward_fake(
@@ -513,8 +512,9 @@ def forward(
     n_keys = k.shape[2]
     if not out.numel():
         return out, lse
+    q, k, v = aligned(q), aligned(k), aligned(v)
     generation = target_of(q).generation
-    tma = _uses_descriptors(generation, q, k, v)
+    tma = _uses_descriptors(generation, q)
     padded = _padded(width)
     chosen = tile("forward", padded, q.element_size(), generation)
     with device_of(q):
@@ -562,9 +562,10 @@ def backward(
     n_keys = k.shape[2]
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
+    q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     n_heads = batch * heads
     generation, size = target_of(q).generation, q.element_size()
-    tma = _uses_descriptors(generation, q, k, v, dout)
+    tma = _uses_descriptors(generation, q)
     padded = _padded(width)
     delta = torch.empty_like(lse)
     shape = (n_heads, heads, n_queries, n_keys, width, scale * LOG2_E, scale)
@@ -575,11 +576,13 @@ def backward(
         "MASK_D": padded != width,
         "PRECISION": dot_precision("ieee"),
     }
+    # The single pass does not fit the registers at a width of 256.
+    deterministic |= padded > 128
     by_keys = tile("by_keys" if deterministic else "by_keys_dq", padded, size, generation)
     sums = q.new_zeros(q.shape, dtype=torch.float32) if not deterministic else None
     with device_of(q):
-        _delta_kernel[(triton.cdiv(n_queries, 64), n_heads)](
-            out, dout, delta, heads, n_queries, width, *_strides(out, dout), BT=64, BD=padded,
+        _delta_kernel[(triton.cdiv(n_queries, 32), n_heads)](
+            out, dout, delta, heads, n_queries, width, *_strides(out, dout), BT=32, BD=padded,
         )  # fmt: skip
         _by_keys_kernel[(triton.cdiv(n_keys, by_keys.BS) * n_heads,)](
             _operand(q, by_keys.BT, padded, tma),
@@ -626,6 +629,7 @@ def decode(
     n_keys = k.shape[2]
     if not out.numel():
         return out
+    q, k, v = aligned(q), aligned(k), aligned(v)
     # Two programs a multiprocessor at least, as far as there are tiles.
     wanted = triton.cdiv(4 * target_of(q).multiprocessors, batch * heads)
     padded = _padded(width)
@@ -649,7 +653,7 @@ def decode(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, scale):  # type: ignore[no-untyped-def]
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = aligned(q), aligned(k), aligned(v)
         out, lse = forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
@@ -657,7 +661,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        dout = dout if dout.stride(-1) == 1 and 0 not in dout.stride() else dout.contiguous()
         exact = torch.are_deterministic_algorithms_enabled()
         return *backward(*ctx.saved_tensors, dout, ctx.scale, exact), None
 
@@ -668,7 +671,6 @@ def causal_attention(
     """As nanogpt.kernels.causal_attention, through these kernels."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.shape[2] == 1 and not wanted:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return decode(q, k, v, scale, None)
     return _Attention.apply(q, k, v, scale)
 

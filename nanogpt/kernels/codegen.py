@@ -161,11 +161,11 @@ def attention_cases() -> Iterator[Case]:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             lse = torch.empty(2, 4, queries, device="meta")
             yield from _attention_forms(attention, str(dtype)[6:], q, k, v, lse)
-    # A layout that the tensor copy engine cannot address takes the pointer path everywhere.
-    q = torch.empty(2, 4, 100, 68, dtype=torch.bfloat16, device="meta")[..., :64]
-    yield from _attention_forms(
-        attention, "bfloat16 odd strides", q, q, q, torch.empty(2, 4, 100, device="meta")
-    )
+    for width in (68, 200):  # rows that begin anywhere
+        q = torch.empty(2, 4, 100, width, dtype=torch.bfloat16, device="meta")
+        yield from _attention_forms(
+            attention, "bfloat16 odd strides", q, q, q, torch.empty(2, 4, 100, device="meta")
+        )
 
 
 def _attention_forms(
@@ -173,7 +173,7 @@ def _attention_forms(
 ) -> Iterator[Case]:
     name = f"attention D={q.shape[-1]} {label}"
     half = q.element_size() == 2
-    descriptors = launch_triton.fits_descriptor(q)
+    descriptors = half
 
     def case(form: str, run: Callable[[], Any], **options: Any) -> Case:
         wide = {"half": half, "descriptors": descriptors, **options}
@@ -213,8 +213,32 @@ def layer_norm_cases() -> Iterator[Case]:
             )
 
 
+def cross_entropy_cases() -> Iterator[Case]:
+    """A vocabulary of characters, one that fills a block, and GPT-2's."""
+    from nanogpt.kernels import cross_entropy_triton as entropy
+
+    targets = torch.empty(64, dtype=torch.int64, device="meta")
+    number = torch.empty(64, device="meta")
+    factor = torch.empty((), device="meta")
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocabulary in (65, 8192, 50_257, 50_304):
+            x = torch.empty(64, vocabulary, dtype=dtype, device="meta")
+            calls: dict[str, Callable[[], Any]] = {
+                "forward": lambda x=x: entropy.forward(x, targets, -100),
+                "in place": lambda x=x: entropy.loss_and_gradient_in_place(
+                    x, targets, factor, -100
+                ),
+                "backward": lambda x=x: entropy.backward(x, targets, number, factor, -100),
+                "scale": lambda x=x: entropy.scale_in_place(x, factor),
+            }
+            for form, run in calls.items():
+                name = f"cross_entropy V={vocabulary} {str(dtype)[6:]} {form}"
+                yield Case(name, run, products=False)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention_cases,
+    "cross_entropy": cross_entropy_cases,
     "layer_norm": layer_norm_cases,
 }
 

@@ -65,6 +65,20 @@ def fits_descriptor(x: torch.Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and 0 not in x.shape and 0 not in x.stride()
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where its rows begin at multiples of 16 elements, else a copy that is so.
+
+    Rows that are not aligned so are read element by element (Triton knows of no other alignment),
+    which costs more than the copy, and descriptors cannot address them.
+    """
+    strides = x.stride()
+    fits = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides[:-1])
+    if fits and strides[-1] == 1 and 0 not in strides:
+        return x
+    width = -(-x.shape[-1] // 16) * 16
+    return x.new_empty(*x.shape[:-1], width)[..., : x.shape[-1]].copy_(x)
+
+
 def dot_precision(exact: str = "tf32x3") -> str:
     """How float32 products are made: tf32 only where torch was told so, else `exact`.
 
