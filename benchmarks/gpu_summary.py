@@ -1,10 +1,13 @@
 """The end of a GPU run: at most 60 lines."""
 
+import re
 from typing import Any
 
 from recording import bytes_rate, flops_rate, in_words, rate
 
 LIMIT = 60
+COMPILED = re.compile(r"compile|max-autotune")
+"""Peers that `auto` cannot take, since the caller compiles."""
 
 
 def summary(found: Any, seconds: float) -> list[str]:
@@ -27,7 +30,7 @@ def summary(found: Any, seconds: float) -> list[str]:
     last = _slower(found.rows)
     last += _few("out of time, skipped", found.skipped)
     last += _few("not available", sorted(set(_missing(found.notes))))
-    last += _few("FAILED", [text.splitlines()[0] for text in found.failures], 6)
+    last += _few("FAILED", [" ".join(text.split()) for text in found.failures], 6)
     last.append(f"{len(found.rows)} rows, {len(found.failures)} failures")
     room = LIMIT - len(last)
     if len(lines) > room:
@@ -36,36 +39,45 @@ def summary(found: Any, seconds: float) -> list[str]:
 
 
 def _by_shape(rows: list[dict[str, Any]]) -> list[str]:
-    """suite shape ours: pass rate xratio | pass rate xratio."""
+    """suite shape: variant pass rate (of the ceiling) xratio | …"""
     grouped: dict[str, list[str]] = {}
     for row in rows:
-        shape = {key: value for key, value in row["shape"].items() if key != "pass"}
-        name = f"{row['suite'].removeprefix('gpu-')} {in_words(shape).replace(', ', ' ')}"
-        ratio = f" x{row['ratio']:.2f} of {row['best_peer']}" if row["ratio"] else ""
+        shape = dict(row["shape"])
+        label = f"{shape.pop('ours', '')} {shape.pop('pass', '')}".strip()
         shown = rate(row) or f"{row['ours_seconds'] * 1e3:.3f} ms"
         share = row["fraction_of_ceiling"]
         shown += f" ({share:.0%})" if share is not None else ""
-        grouped.setdefault(name, []).append(
-            f"{row['shape'].get('pass', '')} {shown}{ratio}".strip()
-        )
+        shown += f" x{row['ratio']:.2f} of {row['best_peer']}" if row["ratio"] else ""
+        grouped.setdefault(_named(row, shape), []).append(f"{label} {shown}")
     return [f"{name}: {' | '.join(parts)}" for name, parts in grouped.items()]
 
 
+def _named(row: dict[str, Any], shape: dict[str, Any]) -> str:
+    return f"{row['suite'].removeprefix('gpu-')} {in_words(shape).replace(', ', ' ')}"
+
+
 def _slower(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the best peer beats every variant of ours: there `auto` should take it."""
-    best: dict[str, tuple[float, str]] = {}
+    """Where a peer beats every variant of ours: one that `auto` can take, or a compiled one."""
+    eager: dict[str, tuple[float, str]] = {}
+    compiled: dict[str, tuple[float, str]] = {}
     for row in rows:
-        if row["ratio"] is None:
-            continue
         shape = {key: value for key, value in row["shape"].items() if key != "ours"}
         # A deterministic run is another contract: it competes with deterministic peers alone.
-        exact = ", deterministic" * ("deterministic" in str(row["shape"].get("ours")))
-        name = f"{row['suite'].removeprefix('gpu-')} {in_words(shape).replace(', ', ' ')}{exact}"
-        peer = f"{row['best_peer']} {row['ratio']:.2f}"
-        if name not in best or row["ratio"] > best[name][0]:
-            best[name] = (row["ratio"], peer)
-    slow = [f"{name} ({peer})" for name, (ratio, peer) in best.items() if ratio < 1]
-    return _few("auto should take the peer here", slow, 12)
+        exact = " deterministic" * ("deterministic" in str(row["shape"].get("ours")))
+        name = _named(row, shape) + exact
+        for peer, seconds in row["peers"].items():
+            kind = compiled if COMPILED.search(peer) else eager
+            ratio = seconds / row["ours_seconds"]
+            best = kind.setdefault(f"{name} {peer}", (ratio, f"{name} ({peer} {{:.2f}})"))
+            kind[f"{name} {peer}"] = max(best, (ratio, best[1]))
+
+    def lost(kind: dict[str, tuple[float, str]]) -> list[str]:
+        return [text.format(ratio) for ratio, text in kind.values() if ratio < 1]
+
+    return [
+        *_few("auto should take the peer here", lost(eager), 10),
+        *_few("faster than ours, compiled", lost(compiled), 5),
+    ]
 
 
 def _missing(notes: list[str]) -> list[str]:

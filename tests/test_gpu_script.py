@@ -107,6 +107,25 @@ def test_a_trial_follows_both_loss_curves(trial):
     assert all(math.isfinite(loss) for curve in curves.values() for loss in curve)
 
 
+def test_results_show_the_rates_of_a_gpu_and_drop_the_note_that_none_has_run(
+    trial, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from make_results import NO_GPU, results
+
+    _, folder = trial
+    (tmp_path / "notes.md").write_text(f"## Not measured\n\n{NO_GPU} no GPU has run this.\n")
+    assert NO_GPU in "\n".join(results(tmp_path))
+    (tmp_path / "a-gpu").mkdir()
+    for path in folder.glob("gpu-*.json"):
+        (tmp_path / "a-gpu" / path.name).write_text(path.read_text())
+    text = "\n".join(results(tmp_path))
+    assert "Not measured" not in text
+    assert "| ratio | rate | of the ceiling |" in text
+    assert " TFLOP/s | " in text
+    assert "| attention | " in text
+
+
 def test_the_summary_is_short_and_comes_last(trial):
     done, _ = trial
     last = done.stdout[done.stdout.rindex("\n== summary") + 1 :].splitlines()
