@@ -8,6 +8,8 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 # A wheel index to take torch from instead of the default one, such as PyTorch's own for the CPU.
 TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
+# Parts and flags of benchmarks/gpu.py, such as GPU_FLAGS="attention ffn".
+GPU_FLAGS ?=
 export NANOGPT_DATA ?= $(wildcard ../shared/data)
 
 RUN := $(VENV)/bin/python
@@ -15,7 +17,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test test-all lint format bench wheel clean
+.PHONY: help build train test test-all lint format bench gpu wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +54,10 @@ format: build  ## rewrite the code in the project's style
 
 bench: build  ## measure this machine: the fused operations, a training step, writing
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+gpu: build  ## measure the CUDA device in eight minutes and renew RESULTS.md
+	$(RUN) benchmarks/gpu.py $(GPU_FLAGS)
+	$(RUN) benchmarks/make_results.py
 
 wheel: build  ## build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -1,14 +1,28 @@
 """Make RESULTS.md from benchmarks/results/: `python benchmarks/make_results.py`."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTES = ROOT / "benchmarks" / "results" / "notes.md"
+sys.path.insert(0, str(ROOT))
+
+from recording import RESULTS, bytes_rate, flops_rate, in_words, rate  # noqa: E402
+
+NO_GPU = "Every GPU figure:"
+"""How the paragraph of the notes begins that stands until a GPU result exists."""
+
+RATES = ("tokens_per_second", "tflops", "bytes_per_second")
 
 
 def main() -> None:
     """Write RESULTS.md."""
+    (ROOT / "RESULTS.md").write_text("\n".join(results(RESULTS)) + "\n")
+
+
+def results(folder: Path) -> list[str]:
+    """The lines of RESULTS.md."""
     lines = [
         "# Results",
         "",
@@ -16,32 +30,88 @@ def main() -> None:
         "measured with both sides in one run; ratio is the best peer's time over ours, and the",
         "fraction is that of the ceiling which the device showed in the same run.",
     ]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
-        content = json.loads(path.read_text())
-        ceilings = content["ceilings"]
-        lines += [
-            "",
-            f"## {path.stem}: {content['device']}",
-            "",
-            f"{content['date']}, commit {content['commit']}, torch {content['versions']['torch']}, "
-            f"`{content['command']}`; reading {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"products {ceilings['matmul_flops'] / 1e9:.0f} GFLOP/s.",
-            "",
-            "| shape | dtype | ours | best peer | ratio | of the ceiling |",
-            "|---|---|---|---|---|---|",
+    paths = sorted(folder.glob("*/*.json"))
+    for path in paths:
+        lines += _suite(path.stem, json.loads(path.read_text()))
+    notes = folder / "notes.md"
+    if notes.exists():
+        lines += _notes(notes.read_text(), any(path.stem.startswith("gpu-") for path in paths))
+    return lines
+
+
+def _suite(name: str, content: dict[str, Any]) -> list[str]:
+    """One suite of one device."""
+    lines = [
+        "",
+        f"## {name}: {content['device']}",
+        "",
+        f"{content['date']}, commit {content['commit']}, torch {content['versions']['torch']}, "
+        f"`{content['command']}`; {_ceilings(content['ceilings'])}.",
+        "",
+    ]
+    if "checks" in content:
+        return lines + _checks(content["checks"])
+    rated = any(rate(row) for row in content["rows"])
+    heads = ["shape", "dtype", "ours", "best peer", "ratio", *["rate"] * rated, "of the ceiling"]
+    lines += [_line(heads), "|" + "---|" * len(heads)]
+    for row in content["rows"]:
+        best = row["best_peer"]
+        fraction = row["fraction_of_ceiling"]
+        cells = [
+            in_words(row["shape"]),
+            row["dtype"],
+            f"{row['ours_seconds'] * 1e3:.3f} ms",
+            f"{best} {row['peers'][best] * 1e3:.3f} ms" if best else "none",
+            f"{row['ratio']:.2f}" if row["ratio"] else "",
+            *[_rates(row)] * rated,
+            f"{fraction:.0%}" if fraction else "",
         ]
-        for row in content["rows"]:
-            shape = ", ".join(f"{key} {value}" for key, value in row["shape"].items())
-            best = row["best_peer"]
-            peer = f"{best} {row['peers'][best] * 1e3:.3f} ms" if best else "none"
-            ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
-            fraction = row["fraction_of_ceiling"]
-            of_ceiling = f"{fraction:.0%}" if fraction else ""
-            ours = f"{row['ours_seconds'] * 1e3:.3f} ms"
-            lines.append(f"| {shape} | {row['dtype']} | {ours} | {peer} | {ratio} | {of_ceiling} |")
-    if NOTES.exists():
-        lines += ["", NOTES.read_text().strip()]
-    (ROOT / "RESULTS.md").write_text("\n".join(lines) + "\n")
+        lines.append(_line(cells))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rates(row: dict[str, Any]) -> str:
+    """Every rate that a row states, and the memory it took."""
+    shown = [rate({key: row[key]}) for key in RATES if row.get(key)]
+    if row.get("peak_bytes"):
+        shown.append(f"{row['peak_bytes'] / 1e9:.1f} GB")
+    return ", ".join(shown)
+
+
+def _ceilings(ceilings: dict[str, float]) -> str:
+    shown = [
+        f"{word} {bytes_rate(ceilings[key])}"
+        for word, key in (
+            ("reading", "read_bytes_per_second"),
+            ("copying", "copy_bytes_per_second"),
+        )
+        if key in ceilings
+    ]
+    return ", ".join([*shown, f"products {flops_rate(ceilings['matmul_flops'])}"])
+
+
+def _checks(checks: dict[str, Any]) -> list[str]:
+    """What a suite that counts has counted."""
+    heads = ["kernel", "cases", "comparisons with float64", "failures", "not available"]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    for kernel, counts in checks["kernels"].items():
+        keys = ("cases", "comparisons", "failures", "not_available")
+        lines.append(_line([kernel, *(str(counts[key]) for key in keys)]))
+    return lines
+
+
+def _notes(text: str, gpu_measured: bool) -> list[str]:
+    """The notes, without what a GPU result makes untrue."""
+    paragraphs = [part for part in text.strip().split("\n\n") if part]
+    if gpu_measured:
+        paragraphs = [part for part in paragraphs if not part.startswith(NO_GPU)]
+    if all(part.startswith("#") for part in paragraphs):
+        return []
+    return ["", "\n\n".join(paragraphs)]
 
 
 if __name__ == "__main__":

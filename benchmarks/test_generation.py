@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import median_seconds
+from recording import median_seconds
 
 from nanogpt import GPT
 

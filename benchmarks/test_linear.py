@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import median_seconds
+from recording import median_seconds
 
 from nanogpt.kernels import linear
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import median_seconds
+from recording import median_seconds
 
 from nanogpt import GPT
 
