@@ -59,7 +59,7 @@ class Tile:
 # is x w1^T with the activation, "dhidden" is dy w2 with its gradient, "plain" any other product.
 # Generation 80 stays within the 99 KB of shared memory that its small GPUs have.
 _TILES: dict[tuple[str, int, int, str], Tile] = {
-    ("up", 80, 2, "large"): Tile(128, 128, 32, 8, 4),
+    ("up", 80, 2, "large"): Tile(128, 128, 32, 8, 4, parts=2),
     ("up", 80, 2, "small"): Tile(64, 64, 64, 4, 4),
     ("up", 80, 2, "thin"): Tile(16, 64, 128, 4, 4),
     ("up", 80, 2, "odd"): Tile(64, 32, 32, 4, 3),
@@ -78,7 +78,7 @@ _TILES: dict[tuple[str, int, int, str], Tile] = {
     ("dhidden", 80, 4, "large"): Tile(64, 64, 16, 4, 4),
     ("dhidden", 80, 4, "small"): Tile(64, 32, 16, 4, 4),
     ("dhidden", 80, 4, "thin"): Tile(16, 32, 64, 4, 3),
-    ("dhidden", 80, 4, "odd"): Tile(32, 32, 16, 2, 2),
+    ("dhidden", 80, 4, "odd"): Tile(32, 32, 16, 4, 2),
     ("plain", 80, 4, "large"): Tile(64, 64, 16, 4, 4),
     ("plain", 80, 4, "small"): Tile(64, 32, 16, 4, 4),
     ("plain", 80, 4, "thin"): Tile(16, 32, 64, 4, 3),
