@@ -19,12 +19,17 @@ from nanogpt.kernels import causal_attention
 from nanogpt.kernels.launch_triton import aligned
 
 SHAPES = [  # T, S, D
-    (1, 1, 16), (5, 9, 10), (17, 17, 32), (130, 130, 64), (100, 257, 128), (7, 8, 80),
-    (40, 40, 256), (129, 300, 24), (1, 300, 64), (3, 70, 200),
+    (1, 1, 16), (5, 9, 10), (17, 17, 32), (40, 73, 64), (7, 8, 80), (33, 33, 256), (1, 300, 64),
+    (3, 70, 200),
 ]  # fmt: skip
+# Several tiles of the half-precision tables each way; float32's tiles are smaller.
+LARGE = [(130, 130, 64), (100, 257, 128), (129, 300, 24)]
+CASES = [(shape, dtype) for dtype in DTYPES for shape in SHAPES]
+CASES += [(shape, dtype) for dtype in DTYPES if dtype.itemsize == 2 for shape in LARGE]
 
 
 def random_inputs(n_queries, n_keys, width, dtype=torch.float32, batch=2, heads=2):
+    heads = 1 if n_keys > 128 else heads
     q = torch.randn(batch, heads, n_queries, width, device=DEVICE)
     k, v = (torch.randn(batch, heads, n_keys, width, device=DEVICE) for _ in "kv")
     return [x.to(dtype) for x in (q, k, v)]
@@ -35,8 +40,7 @@ def run(impl, inputs, dtype=None):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_output_and_gradients_are_as_exact_as_torchs(shape, dtype, target, deterministic):
     inputs = random_inputs(*shape, dtype)
@@ -51,7 +55,7 @@ def test_output_and_gradients_are_as_exact_as_torchs(shape, dtype, target, deter
             ours = run("triton", inputs)
     for got, peer, want in zip(ours, torchs, exact, strict=True):
         assert got.dtype == dtype
-        assert_exact(got, peer, want)
+        assert_exact(got, peer, want, floor=4.0)
     assert all(map(torch.equal, inputs, before)), "an input was written"
 
 

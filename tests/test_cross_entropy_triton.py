@@ -63,9 +63,9 @@ def test_reused_logits_give_their_gradient_once():
 
 def test_small_probabilities_keep_their_gradient_in_half_precision():
     """p / N alone would be below float16's smallest number; a scaled loss brings it back."""
-    rows = 4096
+    rows = 256
     logits = torch.zeros(rows, 4, dtype=torch.float16, device=DEVICE)
-    logits[:, 1:] = -9.0
+    logits[:, 1:] = -12.0
     targets = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     leaf = logits.requires_grad_()
     loss = cross_entropy(leaf * 1, targets, reuse_logits=True, impl="triton")

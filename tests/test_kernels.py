@@ -163,6 +163,7 @@ def test_auto_never_interprets_kernels_on_a_cpu():
 def test_every_operation_refuses_what_its_kernels_cannot_read(operation):
     wide = torch.randn(2, 4, dtype=torch.float64)
     given = [wide[None, None]] * 3 if operation == "attention" else [wide] * 3
+    given = [wide] * 5 if operation == "ffn" else given
     reason = dispatch.triton_kernels(operation).unsupported(*given)
     assert "float64" in reason
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt.kernels.launch_triton import (
@@ -662,6 +663,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout):
         exact = torch.are_deterministic_algorithms_enabled()
         return *backward(*ctx.saved_tensors, dout, ctx.scale, exact), None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from nanogpt.kernels.dispatch import resolve, triton_kernels
 
@@ -134,6 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         dhidden, dweight, rest = ctx.saved_tensors
         scale = grad * rest

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from nanogpt.kernels.cross_entropy import stored_factor
 from nanogpt.kernels.launch_triton import device_of, operator, refuse_dtype
@@ -227,6 +228,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):
         if not ctx.reuse:
             logits, targets, lse, count = ctx.saved_tensors

@@ -58,7 +58,7 @@ class Tile:
 # (kind, generation, bytes of an element, size class); not measured on any device yet. Kinds: "up"
 # is x w1^T with the activation, "dhidden" is dy w2 with its gradient, "plain" any other product.
 # Generation 80 stays within the 99 KB of shared memory that its small GPUs have.
-_TILES: dict[tuple[str, int, int, str], Tile] = {
+TILES: dict[tuple[str, int, int, str], Tile] = {
     ("up", 80, 2, "large"): Tile(128, 128, 32, 8, 4, parts=2),
     ("up", 80, 2, "small"): Tile(64, 64, 64, 4, 4),
     ("up", 80, 2, "thin"): Tile(16, 64, 128, 4, 4),
@@ -142,25 +142,20 @@ def tile(kind: str, target: Target, size: int, n_m: int, n_n: int, aligned: bool
     "odd": tensors that are not aligned, through pointers; "thin": few rows, as in decoding;
     "small": fewer large tiles than multiprocessors; else "large".
     """
-    generation = _generation(target)
+    generation = target.generation
     if not aligned:
-        return _TILES[kind, 80, size, "odd"]
+        return TILES[kind, 80, size, "odd"]
     if n_m <= _THIN_ROWS:
-        return _TILES[kind, generation, size, "thin"]
-    large = _TILES[kind, generation, size, "large"]
+        return TILES[kind, generation, size, "thin"]
+    large = TILES[kind, generation, size, "large"]
     tiles = triton.cdiv(n_m, large.rows) * triton.cdiv(n_n, large.columns)
-    return large if tiles >= target.multiprocessors else _TILES[kind, generation, size, "small"]
-
-
-def _generation(target: Target) -> int:
-    """From capability 12.0 on the small GPUs have the shared memory of generation 80."""
-    return 80 if target.capability >= 120 else target.generation
+    return large if tiles >= target.multiprocessors else TILES[kind, generation, size, "small"]
 
 
 def _aligned(target: Target, *tensors: torch.Tensor | None) -> bool:
     """Whether descriptors can address all; in generation 80, whether lines start at multiples."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if _generation(target) == 80 and any(t.stride(0) % 16 or t.shape[1] % 16 for t in given):
+    if target.generation == 80 and any(t.stride(0) % 16 or t.shape[1] % 16 for t in given):
         return False
     return all(fits_descriptor(tensor) for tensor in given)
 
@@ -360,7 +355,7 @@ def _product(
     partial = a.new_empty(n_tall, n_n, dtype=torch.float32) if want_partial else None
     if not n_tall * n_wide:
         return partial
-    described = aligned and _generation(target) >= 90
+    described = aligned and target.generation >= 90
     operands: list[Any] = [a, b]
     results: list[Any] = [u, c, h]
     if described:
@@ -468,7 +463,7 @@ def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
 
 class _GeluFfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, keep, recompute):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w1, b1, w2, b2, keep, recompute):
         rows, w1, w2 = _rows(x, x.shape[-1]), _rows(w1, w1.shape[1]), _rows(w2, w2.shape[1])
         u, h = forward_up(rows, w1, b1, keep and not recompute, True)
         out = _plain("out", h, w2, b2, False, True)
@@ -477,7 +472,7 @@ class _GeluFfn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dout):
         x, w1, b1, w2, u = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         dy = _rows(dout, x.shape[1])

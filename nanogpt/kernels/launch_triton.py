@@ -26,8 +26,13 @@ class Target:
 
     @property
     def generation(self) -> int:
-        """The key of the tile tables: 80 for everything before 90; 90; 100 and newer."""
-        return 80 if self.capability < 90 else 90 if self.capability < 100 else 100
+        """The key of the tile tables: 90, 100, or 80 for all others.
+
+        Those from 120 on have the instructions and the 99 KB of shared memory of older small GPUs.
+        """
+        if self.capability < 90 or self.capability >= 120:
+            return 80
+        return 90 if self.capability < 100 else 100
 
 
 # Set while nanogpt.kernels.codegen compiles for a device that is not here (tensors on "meta").

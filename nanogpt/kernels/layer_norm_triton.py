@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from nanogpt.kernels.launch_triton import (
     autocast_dtype,
@@ -219,6 +220,7 @@ class _LayerNorm(torch.autograd.Function):
         return (y.view(shape), None if residual is None else total.view(shape))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy, dsum):
         total, weight, mean, rstd = ctx.saved_tensors
         shape = (dy if dy is not None else dsum).shape

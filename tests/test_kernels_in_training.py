@@ -1,0 +1,233 @@
+"""The kernels inside a model: loss curves, torch.compile, autocast, accumulation, two processes."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from exactness import DEVICE
+
+from nanogpt import GPT
+from nanogpt.kernels import OPERATIONS, causal_attention, choice, gelu_ffn, layer_norm
+from nanogpt.kernels.choice import Workload
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 40}
+pytestmark = pytest.mark.filterwarnings("ignore:.*GradScaler")
+
+
+def make_model(impl, seed=0, **options):
+    torch.manual_seed(seed)
+    return GPT(**SHAPE, **options).set_kernels(impl).to(DEVICE)
+
+
+def batches(count, rows=4):
+    """Windows of a text with something to learn: multiples, one after the other."""
+    text = torch.tensor([ord(c) % 40 for n in range(400) for c in f"{n} is {7 * n};"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        starts = torch.randint(len(text) - 17, (rows,), generator=generator)
+        yield torch.stack([text[s : s + 17] for s in starts]).to(DEVICE)
+
+
+def loss_curve(model, steps=50, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for window in batches(steps):
+        _, loss = model(window[:, :-1], window[:, 1:], return_logits=False, **options)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def test_fifty_steps_give_the_same_losses_by_every_implementation():
+    """Float32 rounding grows along a run: the limit is what a change of one ulp does to torch's."""
+    torchs = loss_curve(make_model("torch"))
+    nudged = make_model("torch")
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            parameter.mul_(1 + torch.finfo(torch.float32).eps)
+    explained = (loss_curve(nudged) - torchs).abs().max().item()
+    limit = 10 * explained + 1e-6
+    assert limit < 0.01, "the comparison would show nothing"
+    assert torchs[-5:].mean() < torchs[:5].mean() - 0.5, "nothing was learnt"
+    for impl in ("triton", "reference"):
+        difference = (loss_curve(make_model(impl)) - torchs).abs().max().item()
+        assert difference <= limit, (impl, difference, limit)
+
+
+def test_the_loss_in_chunks_gives_the_same_curve():
+    whole = loss_curve(make_model("torch"), 20)
+    for impl in ("torch", "triton"):
+        in_chunks = loss_curve(make_model(impl), 20, chunk_bytes=40 * 4 * 10)
+        assert (in_chunks - whole).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_loss_agree_with_and_without_returned_logits(bias):
+    model = make_model("triton", bias=bias)
+    window = next(batches(1))
+    logits, loss = model(window[:, :-1], window[:, 1:])
+    nothing, alone = model(window[:, :-1], window[:, 1:], return_logits=False)
+    assert nothing is None
+    assert torch.allclose(loss, alone, atol=1e-6)
+    want, _ = make_model("reference", bias=bias)(window[:, :-1])
+    assert torch.allclose(logits, want, atol=1e-5)
+    with pytest.raises(ValueError, match="needs targets"):
+        model(window, return_logits=False)
+
+
+@pytest.mark.skipif(not shutil.which("g++") and DEVICE == "cpu", reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_compile_takes_the_whole_model_in_one_graph():
+    torch._dynamo.reset()
+    plain, model = make_model("triton"), make_model("triton")
+    compiled = torch.compile(model, fullgraph=True)
+    for window in batches(2):
+        for returns in (False, True):
+            _, want = plain(window[:, :-1], window[:, 1:], return_logits=returns)
+            _, loss = compiled(window[:, :-1], window[:, 1:], return_logits=returns)
+            assert torch.allclose(loss, want, atol=1e-5)
+            want.backward()
+            loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
+    whole, parts = make_model("triton"), make_model("triton")
+    window = next(batches(1))
+    whole(window[:, :-1], window[:, 1:], return_logits=False)[1].backward()
+    for part in window.split(1):
+        (parts(part[:, :-1], part[:, 1:], return_logits=False)[1] / 4).backward()
+    for ours, want in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(ours.grad, want.grad, atol=1e-5)
+
+
+def test_autocast_makes_products_in_half_precision_and_gradients_in_float32():
+    """In an autocast region on a CPU the interpreter sees float16 only where it is told to."""
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        x = torch.randn(3, 32, device=DEVICE, requires_grad=True)
+        w1 = torch.randn(64, 32, device=DEVICE, requires_grad=True)
+        w2 = torch.randn(32, 64, device=DEVICE, requires_grad=True)
+        out = gelu_ffn(x, w1, None, w2, None, impl="triton")
+        y = layer_norm(x, torch.ones(32, device=DEVICE), None, impl="triton")
+    assert out.dtype == y.dtype == torch.float16
+    out.float().sum().backward()
+    assert w1.grad.dtype == w2.grad.dtype == x.grad.dtype == torch.float32
+    model = make_model("triton")
+    window = next(batches(1))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        _, half = model(window[:, :-1], window[:, 1:], return_logits=False)
+    half.backward()
+    _, full = make_model("torch")(window[:, :-1], window[:, 1:])
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), abs=0.02)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def _one_of_two(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    model = make_model("triton")
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    part = next(batches(1)).split(2)[rank]
+    parallel(part[:, :-1], part[:, 1:], return_logits=False)[1].backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    ours = torch.load(tmp_path / "gradients", weights_only=True)
+    whole, window = make_model("triton"), next(batches(1))
+    whole(window[:, :-1], window[:, 1:], return_logits=False)[1].backward()
+    for gradient, parameter in zip(ours, whole.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad.cpu(), atol=1e-5)
+
+
+def test_writing_gives_the_same_tokens_by_every_implementation():
+    prompt = torch.tensor([[3, 1, 4, 1, 5]], device=DEVICE)
+    outs = [
+        make_model(impl).generate(prompt, 30, seed=5).tolist() for impl in ("torch", "triton")
+    ]
+    assert outs[0] == outs[1]
+
+
+def test_kernels_are_set_for_each_operation():
+    model = make_model(dict.fromkeys(OPERATIONS, "torch") | {"ffn": "triton"})
+    block = model.transformer["h"][0]
+    assert (block.mlp.impl, block.attn.impl, block.ln_1.impl, model.impl) == (
+        "triton", "torch", "torch", "torch",
+    )  # fmt: skip
+
+
+WORK = Workload(2, 16, 2, 16, 40, torch.float32)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_faster_implementation_is_measured_and_named(operation, monkeypatch):
+    device = torch.device(DEVICE)
+    for seconds, winner, words in (([1.0, 2.0], "triton", "2.00"), ([2.0, 1.0], "torch", "0.50")):
+        clock = iter(seconds)
+        monkeypatch.setattr(choice, "_median_seconds", lambda *_, clock=clock: next(clock))
+        picked, line = choice.measure(operation, device, WORK)
+        assert picked == winner
+        assert words in line
+
+
+def test_an_inexact_or_failing_kernel_is_never_chosen(monkeypatch):
+    device = torch.device(DEVICE)
+    real = causal_attention
+
+    def off(q, k, v, *, impl):
+        return real(q, k, v, impl=impl) * (1.01 if impl == "triton" else 1.0)
+
+    monkeypatch.setattr(choice, "causal_attention", off)
+    assert choice.measure("attention", device, WORK) == (
+        "torch", "torch (Triton's result is not as exact)",
+    )  # fmt: skip
+
+    def broken(q, k, v, *, impl):
+        if impl == "triton":
+            raise RuntimeError("no such instruction\nand more")
+        return real(q, k, v, impl=impl)
+
+    monkeypatch.setattr(choice, "causal_attention", broken)
+    picked, line = choice.measure("attention", device, WORK)
+    assert picked == "torch"
+    assert "RuntimeError: no such instruction" in line
+
+
+def test_what_a_run_chose_first_is_kept():
+    earlier = dict.fromkeys(OPERATIONS, "torch")
+    picked, line = choice.choose("auto", torch.device("cpu"), WORK, earlier)
+    assert picked == earlier
+    assert "as this run began" in line
+    assert choice.choose("auto", torch.device("cpu"), replace(WORK, batch=1))[0] == earlier
+
+
+def test_training_says_what_was_picked_and_stores_it(nanogpt, text_file, tmp_path):
+    common = ["train", "--text", text_file, "--max-steps", 2, "--n-embd", 16, "--n-layer", 1]
+    common += ["--n-head", 1, "--block-size", 8, "--batch-size", 2, "--device", "cpu"]
+    common += ["--output", tmp_path / "gpt.pth", "--run-dir", tmp_path / "run"]
+    outcome = nanogpt(*common, "--sample-tokens", 0)
+    assert outcome.code == 0, outcome.err
+    assert "kernels: torch (auto: the Triton kernels are for a GPU)" in outcome.err
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["kernels"] == dict.fromkeys(OPERATIONS, "torch")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for a CPU")
+def test_training_runs_through_the_kernels_where_they_are_asked_for(nanogpt, text_file, tmp_path):
+    common = ["train", "--text", text_file, "--max-steps", 2, "--n-embd", 16, "--n-layer", 1]
+    common += ["--n-head", 1, "--block-size", 8, "--batch-size", 2, "--kernels", "triton"]
+    common += ["--output", tmp_path / "gpt.pth", "--run-dir", tmp_path / "run"]
+    outcome = nanogpt(*common, "--sample-tokens", 3, "--val-fraction", "0.02")
+    assert outcome.code == 0, outcome.err
+    assert "kernels: triton (asked for)" in outcome.err
