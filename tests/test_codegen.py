@@ -7,6 +7,7 @@ import textwrap
 from functools import cache
 
 import pytest
+
 from nanogpt.kernels.codegen import CASES, MULTIPROCESSORS
 
 pytest.importorskip("triton")

@@ -597,7 +597,7 @@ def backward(
             num_warps=by_keys.warps, num_stages=by_keys.stages, **options,
         )  # fmt: skip
         if sums is not None:
-            return sums.mul_(scale).to(q.dtype), dk, dv
+            return torch.mul(sums, scale, out=dq), dk, dv
         chosen = tile("by_queries", padded, size, generation)
         _by_queries_kernel[(triton.cdiv(n_queries, chosen.BT) * n_heads,)](
             _operand(q, chosen.BT, padded, tma),
@@ -656,7 +656,9 @@ def decode(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, scale):
-        q, k, v = aligned(q), aligned(k), aligned(v)
+        # Copied here, and not only by the launchers, so that backward finds the copies.
+        if not torch.compiler.is_compiling():
+            q, k, v = aligned(q), aligned(k), aligned(v)
         out, lse = forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
