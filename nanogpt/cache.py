@@ -14,6 +14,10 @@ class KVCache:
         dtype, device: of the keys and values.
     Attributes:
         length: S, the positions filled so far.
+        count: None, or (1,) int32 on the device: S with the token that is being computed. Then
+            one token at a time is appended at a place that only the device knows, which lets a
+            CUDA graph replay the step; all `block_size` positions are handed out, of which
+            `count` are filled.
     """
 
     def __init__(
@@ -21,9 +25,11 @@ class KVCache:
     ) -> None:
         head_width = config.n_embd // config.n_head
         shape = (config.n_layer, batch, config.n_head, config.block_size, head_width)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (L, B, H, block, D)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, because with `count` what is not filled yet is multiplied by probability zero.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, H, block, D)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
+        self.count: torch.Tensor | None = None
 
     def append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -32,6 +38,11 @@ class KVCache:
 
         `length` moves on only in `advance`, once every layer has stored its part.
         """
+        if self.count is not None:
+            place = self.count.long() - 1
+            self.keys[layer].index_copy_(2, place, k)
+            self.values[layer].index_copy_(2, place, v)
+            return self.keys[layer], self.values[layer]
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v

@@ -184,6 +184,69 @@ def window_start(length: int, block_size: int) -> int:
     return hop * -((block_size - length) // hop)
 
 
+class GraphedStep:
+    """Logits of the next token for one more token of every row, as one CUDA graph.
+
+    A step of decoding is many small kernels, and launching them takes longer than running them;
+    a graph launches all at once. On other devices the same step runs kernel by kernel.
+
+    Args:
+        model: in evaluation mode; its weights may change in place, but not move.
+        cache: the cache that the graph writes into.
+    """
+
+    def __init__(self, model: "GPT", cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        batch, device = cache.keys.shape[1], cache.keys.device
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.count = torch.ones(1, dtype=torch.int32, device=device)
+        self.logits = torch.empty(0)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, V) for the tokens (B, 1) that follow what the cache holds; valid until called again.
+
+        Raises: ValueError where the cache is full.
+        """
+        if self.cache.length >= self.model.config.block_size:
+            raise ValueError(f"the cache of {self.cache.length} tokens is full")
+        self.tokens.copy_(tokens)
+        self.count.fill_(self.cache.length + 1)
+        if self.tokens.device.type != "cuda":
+            self.logits = self._run()
+        elif self._graph is None:
+            self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        else:
+            self._graph.replay()
+        self.cache.advance(1)
+        return self.logits
+
+    def _run(self) -> torch.Tensor:
+        """The step itself; the cache is left at its length."""
+        length = self.cache.length
+        self.cache.count = self.count
+        try:
+            return self.model.next_logits(self.tokens, self.cache)
+        finally:
+            self.cache.count, self.cache.length = None, length
+
+    def _capture(self) -> None:
+        """Run twice beside the main stream, so that everything is compiled and allocated, then
+        record. What these runs write into the cache is what the first replay writes again."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._run()
+        self._graph = graph
+
+
 @dataclass(frozen=True)
 class Step:
     """One new token of every row: ids (B,) int64 and the model's probability of it (B,) float64.
@@ -205,6 +268,7 @@ def stream(
     seed: int | None = None,
     first_row: int = 0,
     use_cache: bool = True,
+    use_graph: bool | None = None,
     probabilities: bool = False,
 ) -> Iterator[Step]:
     """Yield new tokens one step at a time; `generate` collects them. Same arguments."""
@@ -224,6 +288,9 @@ def stream(
     cache = None
     if use_cache:
         cache = KVCache(config, batch, dtype=model.token_weight.dtype, device=device)
+    one_more = None
+    if cache is not None and (use_graph if use_graph is not None else device.type == "cuda"):
+        one_more = GraphedStep(model, cache)
     confidence_temperature = model.calibration_temperature or 1.0
     cached_from = 0
 
@@ -236,7 +303,11 @@ def stream(
                 if start != cached_from:
                     cache.reset()
                     cached_from = start
-                logits = model.next_logits(text[:, start + cache.length : end], cache)
+                coming = text[:, start + cache.length : end]
+                if one_more is not None and coming.shape[1] == 1 and cache.length:
+                    logits = one_more(coming)
+                else:
+                    logits = model.next_logits(coming, cache)
             kept = filters.apply(logits, seen)  # (B, V)
             chosen = (kept if noise is None else kept + noise.at(end)).argmax(-1)  # (B,)
             text[:, end] = chosen
@@ -279,6 +350,7 @@ def generate(
     seed: int | None = None,
     first_row: int = 0,
     use_cache: bool = True,
+    use_graph: bool | None = None,
     return_details: bool = False,
 ) -> torch.Tensor | Generation:
     """Continue texts.
@@ -293,6 +365,7 @@ def generate(
         seed: 64 bits; without one it is drawn from torch's generator.
         first_row: the number of row 0 in the draw.
         use_cache: False recomputes the whole context for every token (the reference).
+        use_graph: replay each step as a CUDA graph; by default on a CUDA device.
         return_details: give a `Generation` with probabilities.
     Returns: (B, T + new) int64. new = max_new_tokens, unless `stop` or `eos_token_id` ended every
         row earlier; what follows a row's own end is filled with `eos_token_id`, or else with the
@@ -319,6 +392,7 @@ def generate(
             seed=seed,
             first_row=first_row,
             use_cache=use_cache,
+            use_graph=use_graph,
             probabilities=return_details,
         ):
             chosen.append(step.tokens)

@@ -16,6 +16,7 @@ from nanogpt.cache import KVCache
 from nanogpt.config import GPTConfig
 from nanogpt.errors import InputError
 from nanogpt.kernels import (
+    cached_attention,
     causal_attention,
     cross_entropy,
     gelu_ffn,
@@ -65,7 +66,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-        out = causal_attention(q, k, v, impl=self.impl)  # (B, H, T, D)
+        if cache is not None and cache.count is not None:
+            out = cached_attention(q, k, v, cache.count, impl=self.impl)  # (B, H, 1, D)
+        else:
+            out = causal_attention(q, k, v, impl=self.impl)  # (B, H, T, D)
         out = out.transpose(1, 2).reshape(batch, positions, width)  # (B, T, C)
         return linear(out, self.c_proj.weight, self.c_proj.bias)
 
@@ -218,7 +222,11 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         position_weight = cast(nn.Embedding, self.transformer["wpe"]).weight  # (block, C)
-        x = F.embedding(tokens, self.token_weight) + position_weight[start:end]
+        if cache is not None and cache.count is not None:
+            positions = position_weight.index_select(0, cache.count.long() - 1)  # (1, C)
+        else:
+            positions = position_weight[start:end]  # (T, C)
+        x = F.embedding(tokens, self.token_weight) + positions
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):

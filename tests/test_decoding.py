@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanogpt import GPT
-from nanogpt.decoding import Filters, GumbelNoise, StopText, philox, window_start
+from nanogpt.cache import KVCache
+from nanogpt.decoding import Filters, GraphedStep, GumbelNoise, StopText, philox, window_start
 from nanogpt.tokenizer import CharTokenizer
 
 BLOCK = 16
@@ -321,3 +322,24 @@ def test_stop_text_holds_back_only_what_could_begin_a_stop():
     assert watch.feed("ab") == ""
     assert watch.flush() == "ab"
     assert not watch.found
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 40])
+def test_a_step_that_counts_on_the_device_writes_the_same_tokens(impl, length):
+    """The step of a CUDA graph, run kernel by kernel; the context of 16 is outgrown."""
+    torch.manual_seed(1)
+    model = GPT(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=20).eval()
+    prompt = torch.randint(20, (3, length))
+    want = model.generate(prompt, 30, seed=3)
+    got = model.set_kernels(impl).generate(prompt, 30, seed=3, use_graph=True)
+    assert torch.equal(got, want)
+
+
+def test_a_step_beyond_the_context_is_refused():
+    model = GPT(n_layer=1, n_head=1, n_embd=16, block_size=4, vocab_size=9).eval()
+    cache = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        model.next_logits(torch.zeros(1, 4, dtype=torch.int64), cache)
+        with pytest.raises(ValueError, match="cache of 4 tokens is full"):
+            GraphedStep(model, cache)(torch.zeros(1, 1, dtype=torch.int64))

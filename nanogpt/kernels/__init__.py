@@ -11,7 +11,7 @@ whose last keyword is `impl`:
 A named implementation never falls back: it raises RuntimeError with the reason.
 """
 
-from nanogpt.kernels.attention import causal_attention
+from nanogpt.kernels.attention import cached_attention, causal_attention
 from nanogpt.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from nanogpt.kernels.dispatch import IMPLEMENTATIONS, OPERATIONS, describe, unsupported
 from nanogpt.kernels.ffn import gelu_ffn
@@ -21,6 +21,7 @@ from nanogpt.kernels.linear import linear
 __all__ = [
     "IMPLEMENTATIONS",
     "OPERATIONS",
+    "cached_attention",
     "causal_attention",
     "cross_entropy",
     "describe",

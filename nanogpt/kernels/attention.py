@@ -57,6 +57,47 @@ def causal_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: torch.Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """One query against the first `length` keys of a cache, a number that stays on the device.
+
+    out[b,h] = sum_{j < length} softmax_j(scale * <q[b,h], k[b,h,j]>) v[b,h,j]
+
+    Nothing is read back to the host, so that a CUDA graph can replay it as the cache fills.
+
+    Args:
+        q: (B, H, 1, D); k, v: (B, H, S, D), as in `causal_attention`; no gradient.
+        length: (1,) int32 on q's device, from 1 to S; what lies behind it may be anything finite.
+        scale, impl: as in `causal_attention`.
+    Returns: (B, H, 1, D), dtype of q.
+    Raises: as `causal_attention`.
+    """
+    _check(q, k, v)
+    if q.shape[2] != 1:
+        raise ValueError(f"q must have one position, not {q.shape[2]}")
+    if length.shape != (1,) or length.dtype != torch.int32 or length.device != q.device:
+        raise ValueError(f"length must be (1,) int32 on {q.device}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    picked = resolve("attention", impl, q, k, v)
+    if picked == "triton":
+        return triton_kernels("attention").decode(q, k, v, scale, length)
+    seen = torch.arange(k.shape[2], device=k.device) < length  # (S,)
+    if picked == "torch":
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen[None, None, None], scale=scale
+        )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * q.to(wide) @ k.to(wide).transpose(-2, -1)  # (B, H, 1, S)
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
 def _visible(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """(T, S) bool: query i sees key j."""
     n_queries, n_keys = q.shape[2], k.shape[2]
