@@ -2,6 +2,7 @@
 
 python benchmarks/gpu.py                      everything, in eight minutes
 python benchmarks/gpu.py attention ffn        some parts
+python benchmarks/gpu.py tune                 other tiles than those of the tables
 python benchmarks/gpu.py --quick              small shapes; on a machine with no GPU, tiny ones
 
 Each part runs in a process of its own, under its share of the time: one that fails, hangs or
@@ -44,7 +45,10 @@ UNITS: tuple[tuple[str, str, float, str, str, str | None], ...] = (
     ("layer_norm", "layer_norm", 30, "gpu_kernels", "run_layer_norm", None),
     ("training", "training", 110, "gpu_training", "run_training", None),
     ("decode", "decode", 25, "gpu_training", "run_decode", None),
+    ("tune", "tune", 120, "gpu_tuning", "run_tuning", None),
 )
+# Parts that run only where they are named.
+ON_DEMAND = ("tune",)
 PARTS = tuple(dict.fromkeys(unit[0] for unit in UNITS))
 GRACE_SECONDS = 20
 """What a unit may take beyond its share before it counts as hung."""
@@ -98,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     started = time.monotonic()
-    chosen = [unit for unit in UNITS if not options.subset or unit[0] in options.subset]
+    wanted = options.subset or [part for part in PARTS if part not in ON_DEMAND]
+    chosen = [unit for unit in UNITS if unit[0] in wanted]
     if chosen[0][0] != "ceilings":
         chosen.insert(0, UNITS[0])  # fractions are of what the device shows in the same run
     found = Findings()

@@ -63,6 +63,8 @@ def _slower(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         shape = {key: value for key, value in row["shape"].items() if key != "ours"}
         # A deterministic run is another contract: it competes with deterministic peers alone.
+        if row["suite"] == "gpu-tuning":  # its peers are other tiles of ours
+            continue
         exact = " deterministic" * ("deterministic" in str(row["shape"].get("ours")))
         name = _named(row, shape) + exact
         for peer, seconds in row["peers"].items():

@@ -189,3 +189,16 @@ def test_a_kernel_that_forgets_the_mask_is_caught():
     unmasked = (q @ k.transpose(2, 3) / 4).softmax(-1) @ v
     with pytest.raises(AssertionError, match="above"):
         assert_exact(unmasked, torchs, exact)
+
+
+def test_the_gluon_tier_runs_only_where_it_was_measured(monkeypatch):
+    from nanogpt.kernels import attention_gluon
+
+    q, k, v = random_inputs(4, 4, 64)
+    assert set() == kernels.GLUON
+    assert not kernels._picks_gluon(q, k, v, 0.1)
+    marked = torch.zeros(1), torch.ones(1)
+    monkeypatch.setattr(attention_gluon, "forward", lambda *_: marked)
+    assert kernels.forward(q, k, v, 0.1) is not marked
+    monkeypatch.setattr(kernels, "_picks_gluon", lambda *_: True)
+    assert kernels.forward(q, k, v, 0.1) is marked
