@@ -28,14 +28,14 @@ from nanogpt.kernels.launch_triton import (
 
 WIDEST = 8192
 # Elements of a tile and warps; not measured on any device yet.
-_TILE_ELEMENTS = 4096
+_TILE_ELEMENTS = 2048
 
 
 def tile(width: int) -> tuple[int, int, int]:
     """Rows BR and columns BC of a tile, and warps, for rows of `width` elements."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(16, _TILE_ELEMENTS // columns))
-    return rows, columns, max(1, min(16, rows * columns // 512))
+    return rows, columns, max(1, min(16, rows * columns // 256))
 
 
 @triton.jit
