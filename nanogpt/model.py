@@ -91,7 +91,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Each sum is made by the norm that reads it, the last one by the next block's: a block takes and
+    gives the residual stream and the branch that is still to be added to it.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -101,10 +105,16 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
-        mixed = self._drop(self.attn(self.ln_1(x), cache, layer))
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, cache: KVCache | None, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if branch is None:
+            y = self.ln_1(x)
+        else:
+            y, x = self.ln_1.after_adding(branch, residual=x)
+        mixed = self._drop(self.attn(y, cache, layer))
         y, x = self.ln_2.after_adding(mixed, residual=x)
-        return x + self._drop(self.mlp(y))
+        return x, self._drop(self.mlp(y))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -229,11 +239,13 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.token_weight) + positions
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
+        branch = None
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            x = block(x, cache, layer)
+            x, branch = block(x, branch, cache, layer)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.transformer["ln_f"](x)
+        assert branch is not None  # a model has a layer at least
+        return cast(LayerNorm, self.transformer["ln_f"]).after_adding(branch, residual=x)[0]
 
     def generate(
         self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, **options: Any

@@ -68,8 +68,10 @@ def test_a_planted_spill_and_too_much_shared_memory_are_found():
         from nanogpt.kernels.attention_triton import Tile
         attention.TILES["by_keys", 128, 2, 90] = Tile(64, 128, 4, 2)
         attention.TILES["forward", 128, 2, 90] = Tile(128, 128, 8, 6)
-        cases = [c for c in codegen.attention_cases() if c.name.startswith("attention D=128 bf")]
-        for row in codegen.compile_cases(cases[:3], 90):
+        attention.TILES["forward", 64, 2, 90] = Tile(128, 128, 4, 2)
+        names = "attention D=128 bf", "attention D=64 bfloat16 forward"
+        cases = [c for c in codegen.attention_cases() if c.name.startswith(names)]
+        for row in codegen.compile_cases(cases[:4], 90):
             print(codegen.describe(row))
         """
     )
@@ -77,6 +79,7 @@ def test_a_planted_spill_and_too_much_shared_memory_are_found():
     assert done.returncode == 0, done.stderr
     assert any("by_keys" in line and "spilled" in line for line in lines)
     assert any("forward" in line and "bytes of shared memory of" in line for line in lines)
+    assert any("forward" in line and "wgmma serialised by ptxas" in line for line in lines)
     assert any(line.endswith("  ok") for line in lines)
 
 

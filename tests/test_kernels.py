@@ -184,6 +184,11 @@ BAD_CALLS = {
     "targets must be int64": lambda x: cross_entropy(x[0, 0], torch.zeros(3)),
     "weight (3,)": lambda x: layer_norm(x, torch.ones(3), None),
     "bias (3,)": lambda x: layer_norm(x, torch.ones(4), torch.ones(3)),
+    "weight is on meta": lambda x: layer_norm(x, torch.ones(4, device="meta"), None),
+    "w2 is on meta": lambda x: gelu_ffn(
+        x, torch.ones(8, 4), None, torch.ones(4, 8, device="meta"), None
+    ),
+    "targets is on meta": lambda x: cross_entropy(x[0, 0], torch.ones(3, device="meta").long()),
     "residual": lambda x: layer_norm(x, torch.ones(4), None, residual=x[0]),
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from nanogpt.kernels.dispatch import resolve, triton_kernels
+from nanogpt.kernels.dispatch import check_devices, resolve, triton_kernels
 
 
 def reference(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -83,6 +83,7 @@ def linear_cross_entropy(
     Raises: as `cross_entropy`; ValueError where chunk_bytes is not positive.
     Source: the order of work of Hsu et al. 2024, Liger kernel, section 3.2 (arXiv:2410.10989).
     """
+    check_devices(hidden=hidden, weight=weight, targets=targets)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} must be (N, C) and weight {tuple(weight.shape)} (V, C)"
@@ -175,6 +176,7 @@ def stored_factor(count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
+    check_devices(logits=logits, targets=targets)
     if logits.dim() != 2:
         raise ValueError(f"logits must be (N, V), not of shape {tuple(logits.shape)}")
     _check_targets(targets, len(logits))

@@ -257,6 +257,4 @@ def unsupported(
     logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
 ) -> str | None:
     """Why these arguments cannot run here, or None."""
-    if targets.device != logits.device:
-        return f"targets are on {targets.device}, logits on {logits.device}"
     return refuse_dtype("logits", logits)

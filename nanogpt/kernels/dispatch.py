@@ -59,6 +59,15 @@ def describe(impl: str, device: torch.device | str = "cpu") -> str:
     return "triton (auto)" if reason is None else f"torch (auto: {reason})"
 
 
+def check_devices(**named: torch.Tensor | None) -> None:
+    """Raises: ValueError where a tensor is on another device than the first one."""
+    (first, reference), *others = named.items()
+    assert reference is not None
+    for name, tensor in others:
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {reference.device}")
+
+
 def triton_kernels(operation: str) -> ModuleType:
     """The Triton side of an operation, imported when it is first needed."""
     if operation == "attention":

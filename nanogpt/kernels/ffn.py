@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt.kernels.dispatch import resolve, triton_kernels
+from nanogpt.kernels.dispatch import check_devices, resolve, triton_kernels
 from nanogpt.kernels.linear import linear
 
 
@@ -83,6 +83,7 @@ def _check(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> None:
+    check_devices(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if w1.dim() != 2 or x.dim() < 1 or w1.shape[1] != x.shape[-1]:
         raise ValueError(f"w1 {tuple(w1.shape)} must be (F, C) with C of x {tuple(x.shape)}")
     if w2.shape != w1.T.shape:

@@ -521,8 +521,6 @@ def unsupported(
         reason = refuse_dtype(name, tensor)
         if reason is not None:
             return reason
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}"
         if cast is None and tensor.dtype != x.dtype:
             return f"{name} is {tensor.dtype}, x {x.dtype}; outside autocast they must agree"
     return None if cast is None else refuse_dtype("autocast's x", x.new_empty(0, dtype=cast))

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from nanogpt.kernels.dispatch import resolve, triton_kernels
+from nanogpt.kernels.dispatch import check_devices, resolve, triton_kernels
 
 
 def reference(
@@ -88,6 +88,7 @@ def _check(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> None:
+    check_devices(x=x, weight=weight, bias=bias, residual=residual)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must be (C,) with C of x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape:
