@@ -180,20 +180,23 @@ def _runnable(session: Session, config: GPTConfig) -> str | None:
         loss.backward()
 
     for impl in dict.fromkeys((session.impl, "auto")):
-        _, forward = _make(session, config, impl)
+        forward = _as_trained(_make(session, config, impl))
         if session.runs(f"training, {impl}", partial(attempt, forward)):
             return impl
     return None
 
 
-def _make(
-    session: Session, config: GPTConfig, impl: str | None
-) -> tuple[nn.Module, Callable[..., Any]]:
-    """A model and its forward function; None makes the recipe."""
+def _make(session: Session, config: GPTConfig, impl: str | None) -> nn.Module:
+    """A model; None makes the recipe."""
     torch.manual_seed(0)
     made = Recipe(config) if impl is None else GPT(config).set_kernels(impl)
-    made.to(session.device)
-    return made, made
+    return made.to(session.device)
+
+
+def _as_trained(model: nn.Module, compiled: Callable[..., Any] | None = None) -> Any:
+    """What gives the loss: ours without logits, as its training loop asks for it."""
+    options = {"return_logits": False} if isinstance(model, GPT) else {}
+    return partial(compiled or model, **options)
 
 
 def _time_steps(
@@ -205,10 +208,10 @@ def _time_steps(
     compiles: bool,
 ) -> tuple[float, int | None]:
     """Median seconds of a step, and the most memory on a GPU."""
-    model, forward = _make(session, config, impl)
+    model = _make(session, config, impl)
     if compiles:
         torch._dynamo.reset()
-        forward = session.compiled(forward)
+    forward = _as_trained(model, session.compiled(model) if compiles else None)
     step = _stepper(session, model, forward, _batches(session, stream, config, batch))
     for _ in range(1 if session.tiny else 3):
         step()
@@ -231,7 +234,8 @@ def _loss_curves(session: Session, config: GPTConfig, stream: torch.Tensor, ours
         if not session.has_time(what, 5):
             return
         with session.guard(what):
-            model, forward = _make(session, config, impl)
+            model = _make(session, config, impl)
+            forward = _as_trained(model)
             step = _stepper(session, model, forward, _batches(session, stream, config, batch))
             losses = [step() for _ in range(steps)]
             curves[impl] = [round(loss.item(), 4) for loss in losses]

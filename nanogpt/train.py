@@ -59,7 +59,7 @@ from nanogpt.trainer import (
 
 _DIVERGED_AFTER = 100
 # Tokens of the micro-batch on which the implementations are compared.
-_MEASURED_TOKENS = 16_384
+_MEASURED_TOKENS = 8_192
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

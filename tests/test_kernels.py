@@ -216,3 +216,16 @@ def test_the_linear_map_keeps_its_gradient():
     x, weight = torch.randn(1, 256, requires_grad=True), torch.randn(512, 256)
     kernels.linear(x, weight, None).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0)[None], atol=1e-4)
+
+
+def test_float32_products_use_tf32_only_where_torch_was_told_so():
+    from nanogpt.kernels.launch_triton import dot_precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for word, picked in (("ieee", "tf32x3"), ("tf32", "tf32"), ("none", "tf32x3")):
+            matmul.fp32_precision = word
+            assert dot_precision() == picked
+    finally:
+        matmul.fp32_precision = before

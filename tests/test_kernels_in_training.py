@@ -252,6 +252,16 @@ def test_an_inexact_or_failing_kernel_is_never_chosen(monkeypatch):
     assert "RuntimeError: no such instruction" in line
 
 
+def test_too_little_memory_to_compare_leaves_torch(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(choice, "_results", full)
+    picked, line = choice.measure("ffn", torch.device(DEVICE), WORK)
+    assert picked == "torch"
+    assert "too little memory" in line
+
+
 def test_what_a_run_chose_first_is_kept():
     earlier = dict.fromkeys(OPERATIONS, "torch")
     picked, line = choice.choose("auto", torch.device("cpu"), WORK, earlier)

@@ -64,11 +64,20 @@ def choose(
 
 def measure(operation: str, device: torch.device, workload: Workload) -> tuple[str, str]:
     """The faster implementation of one operation that is exact enough, and why."""
+    try:
+        return _compare(operation, device, workload)
+    except torch.OutOfMemoryError:
+        return "torch", "torch (too little memory to compare the two)"
+
+
+def _compare(operation: str, device: torch.device, workload: Workload) -> tuple[str, str]:
     call, arguments = _calls(device, workload)[operation]
     exact = _results(call, [x.float() for x in arguments], "torch")
     theirs = _results(call, arguments, "torch")
     try:
         ours = _results(call, arguments, "triton")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler's or a driver's: whatever it is, torch runs
         first = (str(error).splitlines() or [""])[0]
         return "torch", f"torch (Triton: {type(error).__name__}: {first[:80]})"

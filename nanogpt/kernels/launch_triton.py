@@ -91,7 +91,8 @@ def dot_precision(exact: str = "tf32x3") -> str:
         exact: "tf32x3", three products that keep float32's accuracy, or "ieee", which needs fewer
             registers.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else exact
+    # The older allow_tf32 sets this too, but raises when read after this was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else exact
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
