@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from nanogpt.kernels.launch_triton import differentiable_once
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt.kernels.launch_triton import (
@@ -495,8 +495,9 @@ def _empty_like_q(q: torch.Tensor) -> torch.Tensor:
     Rows begin at multiples of 16 elements, as in `aligned`.
     """
     batch, heads, positions, width = q.shape
-    memory = q.new_empty(batch, positions, heads, -(-width // 16) * 16)
-    return memory[..., :width].transpose(1, 2)
+    row = -(-width // 16) * 16
+    strides = positions * heads * row, row, heads * row, 1
+    return q.new_empty_strided(q.shape, strides)  # not a view: callers may add to it in place
 
 
 def _forward_fake(
@@ -665,7 +666,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout):
         exact = torch.are_deterministic_algorithms_enabled()
         return *backward(*ctx.saved_tensors, dout, ctx.scale, exact), None

@@ -98,21 +98,22 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    targets = targets.contiguous()
     rows = len(hidden)
     if chunk_bytes is not None:
         rows = max(1, min(rows, chunk_bytes // (weight.shape[0] * hidden.element_size())))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, picked)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, picked, wanted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one sweep over the rows; backward multiplies by a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, ignore_index, chunk, picked):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, hidden, weight, targets, ignore_index, chunk, picked, wanted):  # type: ignore[no-untyped-def]
         step = _gradient_in_place if picked == "torch" else _triton_gradient_in_place
         count = (targets != ignore_index).sum().to(torch.float32)
         factor = stored_factor(count, hidden.dtype)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         many = chunk < len(hidden)
         dhidden = torch.empty_like(hidden)
         # Sums over chunks are kept in float32; a single chunk has one product and no sum.
@@ -130,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight = dweight.add_(product) if many else product
                 del logits
         if wanted:
-            ctx.save_for_backward(dhidden, dweight, 1 / (count * factor))
+            ctx.save_for_backward(dhidden, dweight, torch.where(count > 0, 1 / (count * factor), 0.0))
             ctx.weight_dtype = weight.dtype
         return total / count
 
@@ -142,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             dhidden * scale.to(dhidden.dtype) if ctx.needs_input_grad[0] else None,
             (dweight * scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

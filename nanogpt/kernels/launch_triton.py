@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2_E = 1.4426950408889634
@@ -91,7 +92,7 @@ def dot_precision(exact: str = "tf32x3") -> str:
         exact: "tf32x3", three products that keep float32's accuracy, or "ieee", which needs fewer
             registers.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else exact
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else exact
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -135,3 +136,19 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The precision of products in an autocast region, or None outside."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward: a second derivative is refused whatever the first was multiplied by.
+
+    (torch's own once_differentiable refuses only where the incoming gradient needs one itself;
+    elsewhere it would drop the second derivative without a word.)
+    """
+    refusing = once_differentiable(backward)
+
+    def call(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return refusing(ctx, *gradients)
+
+    return call
