@@ -250,6 +250,8 @@ def _attention_cases(session: Session) -> Iterator[Case]:
                 for key, n in sizes.items()
             }
             yield Case(name, inputs, plain)
+            if t == 1:  # without gradients it is another kernel
+                yield Case(f"{name} decoding", inputs, plain, backward=False)
     yield from _gluon_cases(session)
 
 
@@ -465,4 +467,11 @@ def _layer_norm_cases(session: Session) -> Iterator[Case]:
             name += " bias" * bias + " residual" * residual + " autocast" * (dtype is None)
             names = ("y", "sum") if residual else ("y",)
             bound = partial(call, bias=bias, residual=residual)
-            yield Case(name, inputs, bound, names, autocast=dtype is None)
+
+            def halved(*given: torch.Tensor, bound: Callable[..., Outputs] = bound) -> Outputs:
+                # In an autocast region torch's y is float32 and ours has the region's precision.
+                y, *rest = bound("torch", *given)
+                return y.to(torch.get_autocast_dtype(y.device.type)), *rest
+
+            peer = halved if dtype is None else None
+            yield Case(name, inputs, bound, names, torch=peer, autocast=dtype is None)

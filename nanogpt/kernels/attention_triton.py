@@ -232,7 +232,7 @@ def _delta_kernel(
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # delta_i = sum_d out_id dout_id, the part of dS that a softmax subtracts
-    i_t, i_bh = tl.program_id(0) * BT, tl.program_id(1)
+    i_bh, i_t = tl.program_id(0), tl.program_id(1) * BT  # y holds 65,535 at most
     i_b, i_h = i_bh // H, i_bh % H
     b_out = _load_rows(
         p_out, i_b, i_h, i_t, T, stride_ob, stride_oh, stride_ot, D, BT, BD, False, True, True
@@ -410,7 +410,7 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     BS: tl.constexpr, BD: tl.constexpr, MASK_D: tl.constexpr,
 ):  # fmt: skip
-    i_split, i_bh = tl.program_id(0), tl.program_id(1)
+    i_bh, i_split = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     if p_length is not None:
         S = tl.load(p_length)
@@ -585,7 +585,7 @@ def backward(
     by_keys = tile("by_keys" if deterministic else "by_keys_dq", padded, size, generation)
     sums = q.new_zeros(q.shape, dtype=torch.float32) if not deterministic else None
     with device_of(q):
-        _delta_kernel[(triton.cdiv(n_queries, 32), n_heads)](
+        _delta_kernel[(n_heads, triton.cdiv(n_queries, 32))](
             out, dout, delta, heads, n_queries, width, *_strides(out, dout), BT=32, BD=padded,
         )  # fmt: skip
         _by_keys_kernel[(triton.cdiv(n_keys, by_keys.BS) * n_heads,)](
@@ -642,7 +642,7 @@ def decode(
     partial = q.new_empty(batch * heads, n_splits, width, dtype=torch.float32)
     lse = q.new_empty(batch * heads, n_splits, dtype=torch.float32)
     with device_of(q):
-        _decode_kernel[(n_splits, batch * heads)](
+        _decode_kernel[(batch * heads, n_splits)](
             q, k, v, length, partial, lse, heads, n_keys, width, n_splits, scale * LOG2_E,
             *q.stride()[:2], *_strides(k, v),
             BS=rows, BD=padded, MASK_D=padded != width, num_warps=4, num_stages=3,

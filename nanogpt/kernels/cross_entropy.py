@@ -112,13 +112,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, targets, ignore_index, chunk, picked, wanted):  # type: ignore[no-untyped-def]
         step = _gradient_in_place if picked == "torch" else _triton_gradient_in_place
-        count = (targets != ignore_index).sum().to(torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        count = (targets != ignore_index).sum().to(wide)
         factor = stored_factor(count, hidden.dtype)
         many = chunk < len(hidden)
         dhidden = torch.empty_like(hidden)
         # Sums over chunks are kept in float32; a single chunk has one product and no sum.
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wanted and many else weight
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted and many else weight
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, len(hidden), max(1, chunk)):
                 part = slice(first, first + chunk)
