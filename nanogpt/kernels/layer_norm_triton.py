@@ -31,10 +31,10 @@ WIDEST = 8192
 _TILE_ELEMENTS = 4096
 
 
-def tile(width: int) -> tuple[int, int, int]:
+def tile(width: int, parts: int = 1) -> tuple[int, int, int]:
     """Rows BR and columns BC of a tile, and warps, for rows of `width` elements."""
     columns = triton.next_power_of_2(width)
-    rows = max(1, min(16, _TILE_ELEMENTS // columns))
+    rows = max(1, min(16, _TILE_ELEMENTS // parts // columns))
     return rows, columns, max(1, min(16, rows * columns // 512))
 
 
@@ -189,7 +189,7 @@ def backward(
     n_rows, n_columns = total.shape
     if not n_rows:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    rows, columns, warps = tile(n_columns)
+    rows, columns, warps = tile(n_columns, 2)  # two matrices more are held than in forward
     programs = min(triton.cdiv(n_rows, rows), 4 * target_of(dy).multiprocessors)
     partial = dy.new_empty(2 if has_bias else 1, programs, n_columns, dtype=torch.float32)
     with device_of(dy):
