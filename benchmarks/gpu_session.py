@@ -7,6 +7,7 @@ that hangs or dies leaves what it had.
 import gc
 import inspect
 import json
+import math
 import re
 import time
 import traceback
@@ -53,6 +54,7 @@ class Session:
         self.impl = impl
         self.ceilings = ceilings
         self.tiny = quick and device == "cpu"
+        self.fell_back = False
         self._deadline = time.monotonic() + seconds
         self._journal = journal
 
@@ -177,10 +179,10 @@ class Session:
         floor = None
         if flops is not None:
             extra["tflops"] = flops / ours_seconds * 1e-12
-            floor = flops / self.ceilings["matmul_flops"]
+            floor = flops / self.ceilings.get("matmul_flops", math.inf)
         elif nbytes is not None:
             extra["bytes_per_second"] = nbytes / ours_seconds
-            floor = nbytes / self.ceilings["copy_bytes_per_second"]
+            floor = nbytes / self.ceilings.get("copy_bytes_per_second", math.inf)
         name = str(dtype).removeprefix("torch.")
         row = make_row(suite, shape, name, ours_seconds, peers, floor, **extra)
         self.say(describe_row(row))

@@ -196,7 +196,7 @@ def _make(session: Session, config: GPTConfig, impl: str | None) -> nn.Module:
 def _as_trained(model: nn.Module, compiled: Callable[..., Any] | None = None) -> Any:
     """What gives the loss: ours without logits, as its training loop asks for it."""
     options = {"return_logits": False} if isinstance(model, GPT) else {}
-    return partial(compiled or model, **options)
+    return partial(model if compiled is None else compiled, **options)
 
 
 def _time_steps(

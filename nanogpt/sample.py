@@ -20,6 +20,7 @@ from nanogpt import checkpoint, machine
 from nanogpt.config import SampleConfig
 from nanogpt.decoding import Filters, StopText, stream
 from nanogpt.errors import InputError, UsageError
+from nanogpt.kernels.choice import refuse_shape
 from nanogpt.model import GPT
 from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -91,6 +92,13 @@ def run(config: SampleConfig) -> int:
     model, tokenizer = checkpoint.load(config.model, device)
     if tokenizer is None:
         raise InputError(f"{config.model} holds no tokenizer, so it cannot write text")
+    if config.kernels == "triton":
+        shape = model.config
+        width = shape.n_embd // shape.n_head
+        try:
+            refuse_shape(device, shape.n_head, width, model.token_weight.dtype)
+        except RuntimeError as error:
+            raise UsageError(f"--kernels triton: {error}; use auto") from None
     model.set_kernels(config.kernels)
     seed = int(torch.seed() % 2**62) if config.seed is None else config.seed
     writer = Writer(model, tokenizer, device, config, seed)

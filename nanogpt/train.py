@@ -310,7 +310,10 @@ def _choose_kernels(plan: Plan, begun: RunDirectory | None) -> tuple[dict[str, s
         vocabulary=shape.vocab_size,
         dtype=plan.dtype,
     )
-    return choose(plan.config.kernels, plan.device, work, earlier)
+    try:
+        return choose(plan.config.kernels, plan.device, work, earlier)
+    except RuntimeError as error:
+        raise UsageError(f"--kernels {plan.config.kernels}: {error}; use auto") from None
 
 
 def _introduce(

@@ -3,7 +3,8 @@
 Each operation is a module with its equation, a plain `reference`, checks and a public function
 whose last keyword is `impl`:
 
-    "auto"       the fastest implementation that can run these inputs here
+    "auto"       our kernels on a GPU that can run them, PyTorch's operators elsewhere; `train`
+                 measures both at the run's shapes first (nanogpt.kernels.choice)
     "torch"      PyTorch's own operators
     "triton"     our fused GPU kernels
     "reference"  ten plain lines, the definition and the oracle of the tests

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanogpt.kernels.dispatch import differentiable_once
 from nanogpt.kernels.launch_triton import (
     LOG2_E,
     aligned,
@@ -235,7 +235,7 @@ def _delta_kernel(
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # delta_i = sum_d out_id dout_id, the part of dS that a softmax subtracts
-    i_bh, i_t = tl.program_id(0), tl.program_id(1) * BT
+    i_bh, i_t = tl.program_id(0), tl.program_id(1) * BT  # y holds 65,535 at most
     i_b, i_h = i_bh // H, i_bh % H
     b_out = _load_rows(
         p_out, i_b, i_h, i_t, T, stride_ob, stride_oh, stride_ot, D, BT, BD, False, True, True
@@ -498,8 +498,9 @@ def _empty_like_q(q: torch.Tensor) -> torch.Tensor:
     Rows begin at multiples of 16 elements, as in `aligned`.
     """
     batch, heads, positions, width = q.shape
-    memory = q.new_empty(batch, positions, heads, -(-width // 16) * 16)
-    return memory[..., :width].transpose(1, 2)
+    row = -(-width // 16) * 16
+    strides = positions * heads * row, row, heads * row, 1
+    return q.new_empty_strided(q.shape, strides)  # not a view: callers may add to it in place
 
 
 def _picks_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
@@ -683,7 +684,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout):
         exact = torch.are_deterministic_algorithms_enabled()
         return *backward(*ctx.saved_tensors, dout, ctx.scale, exact), None

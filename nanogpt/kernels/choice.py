@@ -14,7 +14,7 @@ import torch
 
 from nanogpt.kernels.attention import causal_attention
 from nanogpt.kernels.cross_entropy import linear_cross_entropy
-from nanogpt.kernels.dispatch import OPERATIONS, describe, unsupported
+from nanogpt.kernels.dispatch import OPERATIONS, describe, resolve, unsupported
 from nanogpt.kernels.ffn import gelu_ffn
 from nanogpt.kernels.layer_norm import layer_norm
 
@@ -50,16 +50,35 @@ def choose(
         earlier: what an earlier process of the run chose; it is kept.
     Raises: RuntimeError where a named implementation cannot run, with the reason.
     """
+    note = ""
     if earlier is not None:
-        return earlier, f"{_summary(earlier)} (as this run began)"
+        if all(unsupported(name, device) is None for name in earlier.values()):
+            return earlier, f"{_summary(earlier)} (as this run began)"
+        note = f"{_summary(earlier)} when this run began, which cannot run here; now "
+    if impl == "triton":
+        refuse_shape(device, workload.heads, workload.head_width, workload.dtype)
     if impl != "auto" or device.type != "cuda" or unsupported("triton", device) is not None:
         picked = impl if impl != "auto" else "torch"
-        return dict.fromkeys(OPERATIONS, picked), describe(impl, device)
+        return dict.fromkeys(OPERATIONS, picked), note + describe(impl, device)
     picked_by, lines = {}, []
     for operation in OPERATIONS:
         picked_by[operation], line = measure(operation, device, workload)
         lines.append(f"{operation} {line}")
-    return picked_by, "measured: " + "; ".join(lines)
+    return picked_by, note + "measured: " + "; ".join(lines)
+
+
+def refuse_shape(device: torch.device, heads: int, head_width: int, dtype: torch.dtype) -> None:
+    """Raises: RuntimeError with the reason where the Triton kernels cannot run such a model."""
+    x = torch.empty(0, heads * head_width, device=device, dtype=dtype)
+    q = torch.empty(0, heads, 0, head_width, device=device, dtype=dtype)
+    given = {
+        "attention": (q, q, q),
+        "ffn": (x, x, None, x, None),
+        "cross_entropy": (x, x),
+        "layer_norm": (x, x),
+    }
+    for operation, tensors in given.items():
+        resolve(operation, "triton", *tensors)
 
 
 def measure(operation: str, device: torch.device, workload: Workload) -> tuple[str, str]:
@@ -100,24 +119,26 @@ def _compare(operation: str, device: torch.device, workload: Workload) -> tuple[
 def _calls(
     device: torch.device, work: Workload
 ) -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
-    """Each operation with random arguments of the run's shapes; gradients go to all of them."""
+    """Each operation with random arguments of the run's shapes; gradients go to all of them.
+
+    Activations have the precision of products; weights and the residual stream are float32.
+    """
     width, rows = work.heads * work.head_width, work.batch * work.positions
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        numbers = torch.randn(*shape, device=device, generator=generator) * scale
-        return numbers.to(work.dtype)
+    def weight(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator) * scale
+
+    def random(*shape: int) -> torch.Tensor:
+        return weight(*shape).to(work.dtype)
 
     def attention(qkv: torch.Tensor, *, impl: str) -> torch.Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return causal_attention(q, k, v, impl=impl)
 
-    def ffn(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *, impl: str) -> torch.Tensor:
-        return gelu_ffn(x, w1, None, w2, None, impl=impl)
-
-    def norm(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, *, impl: str) -> torch.Tensor:
-        y, total = layer_norm(x, w, None, residual=r, impl=impl)
-        return y + total
+    def norm(x: torch.Tensor, r: torch.Tensor, *weights: torch.Tensor, impl: str) -> torch.Tensor:
+        y, total = layer_norm(x, *weights, residual=r, impl=impl)
+        return y.to(x.dtype) + total  # a product would read y in its own precision
 
     targets = torch.randint(work.vocabulary, (rows,), device=device, generator=generator)
 
@@ -129,11 +150,15 @@ def _calls(
     return {
         "attention": (attention, [qkv]),
         "ffn": (
-            ffn,
-            [x, random(4 * width, width, scale=small), random(width, 4 * width, scale=small / 2)],
+            gelu_ffn,
+            [
+                x,
+                *(weight(4 * width, width, scale=small), weight(4 * width)),
+                *(weight(width, 4 * width, scale=small / 2), weight(width)),
+            ],
         ),
-        "cross_entropy": (head, [x, random(work.vocabulary, width, scale=0.02)]),
-        "layer_norm": (norm, [x, random(rows, width), random(width)]),
+        "cross_entropy": (head, [x, weight(work.vocabulary, width, scale=0.02)]),
+        "layer_norm": (norm, [x, weight(rows, width), weight(width), weight(width)]),
     }
 
 
@@ -142,7 +167,11 @@ def _results(
 ) -> list[torch.Tensor]:
     """The output and the gradient of every argument."""
     leaves = [x.detach().requires_grad_() for x in arguments]
-    with torch.enable_grad():
+    half = arguments[0].dtype
+    with (
+        torch.enable_grad(),
+        torch.autocast(arguments[0].device.type, half, enabled=half != torch.float32),
+    ):
         out = call(*leaves, impl=impl)
         return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from nanogpt.kernels.dispatch import check_devices, resolve, triton_kernels
+from nanogpt.kernels.dispatch import check_devices, differentiable_once, resolve, triton_kernels
 
 
 def reference(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -99,26 +98,31 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    targets = targets.contiguous()
     rows = len(hidden)
     if chunk_bytes is not None:
         rows = max(1, min(rows, chunk_bytes // (weight.shape[0] * hidden.element_size())))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, picked)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, picked, wanted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one sweep over the rows; backward multiplies by a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, ignore_index, chunk, picked):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, hidden, weight, targets, ignore_index, chunk, picked, wanted
+    ):
         step = _gradient_in_place if picked == "torch" else _triton_gradient_in_place
-        count = (targets != ignore_index).sum().to(torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        count = (targets != ignore_index).sum().to(wide)
         factor = stored_factor(count, hidden.dtype)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        many = chunk < len(hidden)
+        # No rows at all leave the sum at zero, too.
+        many = chunk != len(hidden) or not len(hidden)
         dhidden = torch.empty_like(hidden)
         # Sums over chunks are kept in float32; a single chunk has one product and no sum.
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wanted and many else weight
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted and many else weight
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, len(hidden), max(1, chunk)):
                 part = slice(first, first + chunk)
@@ -131,19 +135,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight = dweight.add_(product) if many else product
                 del logits
         if wanted:
-            ctx.save_for_backward(dhidden, dweight, 1 / (count * factor))
+            # Where no row counts the gradients are zero, as torch's are.
+            rest = torch.where(count > 0, 1 / (count * factor), 0.0)
+            ctx.save_for_backward(dhidden, dweight, rest)
             ctx.weight_dtype = weight.dtype
         return total / count
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         dhidden, dweight, rest = ctx.saved_tensors
         scale = grad * rest
         return (
             dhidden * scale.to(dhidden.dtype) if ctx.needs_input_grad[0] else None,
             (dweight * scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from nanogpt.kernels.cross_entropy import stored_factor
-from nanogpt.kernels.launch_triton import device_of, operator, refuse_dtype
+from nanogpt.kernels.dispatch import differentiable_once
+from nanogpt.kernels.launch_triton import device_of, operator, refuse_dtypes
 
 # A row up to this long is one block, held in registers; not measured on any device yet.
 _LONGEST_BLOCK = 8192
@@ -221,14 +221,15 @@ class _CrossEntropy(torch.autograd.Function):
         if reuse:
             factor = stored_factor(count, logits.dtype)
             losses = loss_and_gradient_in_place(logits, targets, factor, ignore_index)
-            ctx.save_for_backward(logits, 1 / (count * factor))
+            torch.autograd.graph.increment_version(logits)  # a step that saved them says so
+            ctx.save_for_backward(logits, torch.where(count > 0, 1 / (count * factor), 0.0))
         else:
             losses, lse = forward(logits, targets, ignore_index)
             ctx.save_for_backward(logits, targets, lse, count)
         return losses.sum() / count
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad):
         if not ctx.reuse:
             logits, targets, lse, count = ctx.saved_tensors
@@ -245,7 +246,8 @@ def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, reuse_logits: bool
 ) -> torch.Tensor:
     """As nanogpt.kernels.cross_entropy, through these kernels."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:  # rows that share memory
+        logits = logits.contiguous()
     targets = targets.contiguous()
     wanted = torch.is_grad_enabled() and logits.requires_grad
     # torch.compile keeps its own account of memory: there the gradient has a tensor of its own.
@@ -257,4 +259,4 @@ def unsupported(
     logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
 ) -> str | None:
     """Why these arguments cannot run here, or None."""
-    return refuse_dtype("logits", logits)
+    return refuse_dtypes(logits=logits, weight=weight)

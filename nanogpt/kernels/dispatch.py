@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OPERATIONS = ("attention", "ffn", "cross_entropy", "layer_norm")
@@ -85,6 +88,22 @@ def triton_kernels(operation: str) -> ModuleType:
     from nanogpt.kernels import layer_norm_triton
 
     return layer_norm_triton
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward: a second derivative is refused whatever the first was multiplied by.
+
+    (torch's own once_differentiable refuses only where the incoming gradient needs one itself;
+    elsewhere it would drop the second derivative without a word.)
+    """
+    refusing = once_differentiable(backward)
+
+    def call(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return refusing(ctx, *gradients)
+
+    return call
 
 
 def _check_name(impl: str) -> None:

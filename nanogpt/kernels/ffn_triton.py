@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanogpt.kernels.dispatch import differentiable_once
 from nanogpt.kernels.launch_triton import (
     LOG2_E,
     Target,
@@ -31,7 +31,7 @@ from nanogpt.kernels.launch_triton import (
     dot_precision,
     fits_descriptor,
     operator,
-    refuse_dtype,
+    refuse_dtypes,
     target_of,
 )
 
@@ -464,14 +464,15 @@ def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
 class _GeluFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w1, b1, w2, b2, keep, recompute):
-        rows, w1, w2 = _rows(x, x.shape[-1]), _rows(w1, w1.shape[1]), _rows(w2, w2.shape[1])
+        rows, w1, w2 = x, _rows(w1, w1.shape[1]), _rows(w2, w2.shape[1])
+        b1 = None if b1 is None else b1.contiguous()
         u, h = forward_up(rows, w1, b1, keep and not recompute, True)
         out = _plain("out", h, w2, b2, False, True)
         ctx.save_for_backward(rows, w1, b1, w2, None if recompute else u)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout):
         x, w1, b1, w2, u = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
@@ -481,7 +482,7 @@ class _GeluFfn(torch.autograd.Function):
             if u is None:
                 u, _ = forward_up(x, w1, b1, True, False)
             du, h, db1 = backward_hidden(dy, w2, u, needs_w2, needs_b1)
-            dx = _plain("dx", du, w1, None, False, False).view(dout.shape) if needs_x else None
+            dx = _plain("dx", du, w1, None, False, False) if needs_x else None
             dw1 = _plain("dw1", du, x, None, True, False) if needs_w1 else None
             dw2 = _plain("dw2", dy, h, None, True, False) if needs_w2 else None
         db2 = dy.sum(0) if needs_b2 else None
@@ -503,7 +504,8 @@ def gelu_ffn(
         b1, b2 = None if b1 is None else b1.to(cast), None if b2 is None else b2.to(cast)
     sources = (tensor for tensor in (x, w1, b1, w2) if tensor is not None)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
-    return _GeluFfn.apply(x, w1, b1, w2, b2, keep, recompute)
+    rows = _rows(x, x.shape[-1])
+    return _GeluFfn.apply(rows, w1, b1, w2, b2, keep, recompute).view(x.shape)
 
 
 def unsupported(
@@ -514,13 +516,8 @@ def unsupported(
     b2: torch.Tensor | None,
 ) -> str | None:
     """Why these arguments cannot run here, or None."""
-    named = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    cast = autocast_dtype(x)
-    for name, tensor in given.items():
-        reason = refuse_dtype(name, tensor)
-        if reason is not None:
-            return reason
-        if cast is None and tensor.dtype != x.dtype:
+    named = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    for name, tensor in named.items():
+        if autocast_dtype(x) is None and tensor is not None and tensor.dtype != x.dtype:
             return f"{name} is {tensor.dtype}, x {x.dtype}; outside autocast they must agree"
-    return None if cast is None else refuse_dtype("autocast's x", x.new_empty(0, dtype=cast))
+    return refuse_dtypes(x=x, **named)

@@ -63,6 +63,17 @@ def refuse_dtype(name: str, x: torch.Tensor) -> str | None:
     return None
 
 
+def refuse_dtypes(**named: torch.Tensor | None) -> str | None:
+    """Why kernels cannot read one of these, or what an autocast region makes of them, or None."""
+    for name, x in named.items():
+        reason = None if x is None else refuse_dtype(name, x)
+        if reason is not None:
+            return reason
+    x = next(x for x in named.values() if x is not None)
+    cast = autocast_dtype(x)
+    return None if cast is None else refuse_dtype("autocast's product", x.new_empty(0, dtype=cast))
+
+
 def fits_descriptor(x: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can address `x`: 16-byte strides, last stride 1."""
     size = x.element_size()

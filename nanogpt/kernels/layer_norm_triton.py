@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from nanogpt.kernels.dispatch import differentiable_once
 from nanogpt.kernels.launch_triton import (
     autocast_dtype,
     device_of,
     operator,
-    refuse_dtype,
+    refuse_dtypes,
     target_of,
 )
 
@@ -206,35 +206,39 @@ def backward(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, eps, y_dtype):
-        shape = x.shape
+        ctx.shape = shape = x.shape
         rows = x.reshape(-1, shape[-1])
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         flat = None if residual is None else residual.reshape(-1, shape[-1])
         if flat is not None and flat.stride(1) != 1:
             flat = flat.contiguous()
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         y, total, mean, rstd = forward(rows, flat, weight, bias, eps, y_dtype)
         ctx.save_for_backward(rows if residual is None else total, weight, mean, rstd)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
-        return (y.view(shape), None if residual is None else total.view(shape))
+        return (y, None if residual is None else total)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy, dsum):
         total, weight, mean, rstd = ctx.saved_tensors
-        shape = (dy if dy is not None else dsum).shape
         if dy is None:
             dy = torch.zeros_like(dsum)
         rows = [None if g is None else g.reshape(total.shape).contiguous() for g in (dy, dsum)]
         dx, dresidual, dweight, dbias = backward(
             total, weight, mean, rstd, *rows, *ctx.dtypes, ctx.has_bias
         )
+        dx = dx.view(ctx.shape)
         if ctx.dtypes[1] is None:
             dresidual = None
         else:
-            dresidual = (dresidual if dresidual.numel() else dx).view(shape)
-        return dx.view(shape), dresidual, dweight, dbias if ctx.has_bias else None, None, None
+            # One tensor for both, as autograd's own addition gives: two views of one memory would
+            # be taken for two gradients and be added to twice.
+            dresidual = dresidual.view(ctx.shape) if dresidual.numel() else dx
+        return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None
 
 
 def layer_norm(
@@ -248,7 +252,9 @@ def layer_norm(
 
     (What reads y in a transformer is a product, which would cast it; so this halves the bytes.)
     """
-    return _LayerNorm.apply(x, residual, weight, bias, eps, autocast_dtype(x) or x.dtype)
+    y, total = _LayerNorm.apply(x, residual, weight, bias, eps, autocast_dtype(x) or x.dtype)
+    # Shaped here: an output of a Function that is a view cannot be added to in place.
+    return y.view(x.shape), None if total is None else total.view(x.shape)
 
 
 def unsupported(
@@ -260,6 +266,4 @@ def unsupported(
     """Why these arguments cannot run here, or None."""
     if x.shape[-1] > WIDEST:
         return f"rows of {x.shape[-1]} elements are longer than the {WIDEST} that one program holds"
-    named = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    reasons = (refuse_dtype(name, t) for name, t in named.items() if t is not None)
-    return next((reason for reason in reasons if reason), None)
+    return refuse_dtypes(x=x, weight=weight, bias=bias, residual=residual)
