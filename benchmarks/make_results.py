@@ -91,7 +91,9 @@ def _ceilings(ceilings: dict[str, float]) -> str:
         )
         if key in ceilings
     ]
-    return ", ".join([*shown, f"products {flops_rate(ceilings['matmul_flops'])}"])
+    if "matmul_flops" in ceilings:
+        shown.append(f"products {flops_rate(ceilings['matmul_flops'])}")
+    return ", ".join(shown or ["no ceilings measured"])
 
 
 def _checks(checks: dict[str, Any]) -> list[str]:

@@ -163,3 +163,66 @@ def test_a_wrong_argument_of_the_head_is_named(arguments, message):
         linear_cross_entropy(
             torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3).long(), chunk_bytes=0
         )
+
+
+def test_the_head_reads_strided_targets():
+    hidden, weight = torch.randn(6, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    targets = torch.randint(20, (6, 3), device=DEVICE)[:, 1]
+    ours = linear_cross_entropy(hidden, weight, targets, impl="triton")
+    assert torch.allclose(ours, linear_cross_entropy(hidden, weight, targets, impl="torch"))
+
+
+def test_memory_that_another_step_saved_is_not_reused_unseen():
+    """tanh's backward reads its output, which is the logits: torch says that they were changed."""
+    z, targets = random_rows(65, torch.float32)
+    loss = cross_entropy(torch.tanh(z.requires_grad_()), targets, reuse_logits=True, impl="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_rows_that_share_memory_are_not_written_over_each_other():
+    row = torch.randn(1, 65, device=DEVICE, requires_grad=True)
+    targets = torch.arange(4, device=DEVICE)
+    grads = []
+    for impl in ("triton", "reference"):
+        row.grad = None
+        loss = cross_entropy(row.expand(4, 65), targets, reuse_logits=True, impl=impl)
+        loss.backward()
+        grads.append((loss.detach(), row.grad))
+    for ours, want in zip(*grads, strict=True):
+        assert torch.allclose(ours, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_where_no_row_counts_the_gradients_are_zero(impl, rows):
+    hidden = torch.randn(rows, 8, device=DEVICE, requires_grad=True)
+    weight = torch.randn(20, 8, device=DEVICE, requires_grad=True)
+    targets = torch.full((rows,), -100, device=DEVICE)
+    loss = linear_cross_entropy(hidden, weight, targets, chunk_bytes=100, impl=impl)
+    assert loss.isnan()
+    loss.backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_the_head_in_chunks_keeps_float64():
+    hidden = torch.randn(9, 16, dtype=torch.float64)
+    weight = torch.randn(20, 16, dtype=torch.float64)
+    targets = torch.randint(20, (9,))
+
+    def loss(chunk):
+        return lambda h, w: linear_cross_entropy(h, w, targets, chunk_bytes=chunk, impl="torch")
+
+    whole = outputs_and_gradients(loss(None), [hidden, weight])
+    for got, want in zip(outputs_and_gradients(loss(500), [hidden, weight]), whole, strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_target_outside_gives_a_gradient_of_nan_in_place_too():
+    logits, targets = random_rows(65, torch.float32)
+    targets[0] = 2**40
+    leaf = logits.requires_grad_()
+    cross_entropy(leaf * 1, targets, reuse_logits=True, impl="triton").backward()
+    assert leaf.grad[0].isnan().all()
+    assert leaf.grad[1:].isfinite().all()

@@ -304,3 +304,10 @@ def test_a_compiled_graph_sees_the_launchers_as_single_operations():
     out.backward(gradient)
     for a, b in zip([out, *(leaf.grad for leaf in leaves)], expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_strided_bias_is_read():
+    x, w1, w2 = torch.randn(5, 16), torch.randn(32, 16), torch.randn(16, 32)
+    b1 = torch.randn(32, 2)[:, 0]
+    ours = gelu_ffn(x, w1, b1, w2, None, impl="triton")
+    assert torch.allclose(ours, gelu_ffn(x, w1, b1, w2, None, impl="torch"), atol=1e-4)

@@ -10,8 +10,18 @@ import torch
 from exactness import DEVICE
 
 from nanogpt import GPT
-from nanogpt.kernels import OPERATIONS, causal_attention, choice, gelu_ffn, layer_norm
+from nanogpt.checkpoint import save
+from nanogpt.kernels import (
+    OPERATIONS,
+    causal_attention,
+    choice,
+    cross_entropy,
+    gelu_ffn,
+    layer_norm,
+    linear_cross_entropy,
+)
 from nanogpt.kernels.choice import Workload
+from nanogpt.tokenizer import CharTokenizer
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 40}
 pytestmark = pytest.mark.filterwarnings("ignore:.*GradScaler")
@@ -263,6 +273,79 @@ def test_too_little_memory_to_compare_leaves_torch(monkeypatch):
     picked, line = choice.measure("ffn", torch.device(DEVICE), WORK)
     assert picked == "torch"
     assert "too little memory" in line
+
+
+def test_what_a_run_chose_first_is_chosen_anew_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    earlier = dict.fromkeys(OPERATIONS, "triton")
+    picked, line = choice.choose("auto", torch.device("cpu"), WORK, earlier)
+    assert picked == dict.fromkeys(OPERATIONS, "torch")
+    assert "cannot run here; now torch" in line
+
+
+def test_a_shape_that_the_kernels_refuse_is_the_users_mistake(nanogpt, text_file, tmp_path):
+    common = ["train", "--text", text_file, "--n-embd", 320, "--n-head", 1, "--kernels", "triton"]
+    common += ["--output", tmp_path / "gpt.pth", "--run-dir", tmp_path / "run"]
+    outcome = nanogpt(*common)
+    assert outcome.code == 2
+    assert "320 wide; the kernels take up to 256; use auto" in outcome.err
+    model = GPT(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=320)
+    model.tokenizer = CharTokenizer("abcdefgh")
+    save(model, tmp_path / "wide.pth")
+    outcome = nanogpt("sample", "--model", tmp_path / "wide.pth", "--kernels", "triton")
+    assert outcome.code == 2
+    assert "--kernels triton: attention" in outcome.err
+
+
+def test_evaluation_makes_no_gradient_of_the_head(monkeypatch):
+    model, window = make_model("triton"), next(batches(1))
+    calls = []
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: calls.append(1))
+    with torch.inference_mode():
+        _, loss = model(window[:, :-1], window[:, 1:], return_logits=False)
+    assert loss.isfinite()
+    assert not calls
+
+
+def _calls_of_one_input():
+    w = torch.randn(32, 32, device=DEVICE) / 6
+    up, down = torch.randn(48, 32, device=DEVICE) / 6, torch.randn(32, 48, device=DEVICE) / 6
+    ids = torch.arange(4, device=DEVICE)
+    return {
+        "attention": lambda x, impl: causal_attention(x, x, x, impl=impl),
+        "ffn": lambda x, impl: gelu_ffn(x, up, None, down, None, impl=impl),
+        "layer_norm": lambda x, impl: layer_norm(x, w[0], None, impl=impl),
+        "cross_entropy": lambda x, impl: cross_entropy(x, ids, impl=impl),
+        "linear_cross_entropy": lambda x, impl: linear_cross_entropy(
+            x, w, ids, chunk_bytes=300, impl=impl
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _calls_of_one_input())
+def test_a_second_derivative_is_refused_and_not_dropped(name):
+    """A gradient penalty: the gradient's own gradient, from an upstream that needs none."""
+    shape = (1, 2, 4, 16) if name == "attention" else (4, 32)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        _calls_of_one_input()[name](x, "triton").sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["attention", "ffn", "layer_norm"])
+def test_results_may_be_added_to_in_place_and_gradients_accumulate(name):
+    call = _calls_of_one_input()[name]
+    shape = (1, 2, 4, 16) if name == "attention" else (2, 4, 32)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    out = call(x, "triton")
+    out += 1.0
+    for _ in range(2):
+        call(x, "triton").square().sum().backward()
+    ours, x.grad = x.grad, None
+    call(x, "reference").square().sum().backward()
+    assert torch.allclose(ours, 2 * x.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_run_chose_first_is_kept():

@@ -87,3 +87,28 @@ def test_constant_rows_stay_finite():
     y.sum().backward()
     assert torch.equal(y, torch.zeros_like(y))
     assert x.grad.isfinite().all()
+
+
+def test_strided_and_expanded_parameters_are_read():
+    x = torch.randn(5, 48, device=DEVICE)
+    strided = torch.randn(48, 2, device=DEVICE)[:, 0]
+    for weight, bias in ((strided, strided), (torch.rand(1, device=DEVICE).expand(48), None)):
+        ours = layer_norm(x, weight, bias, impl="triton")
+        assert torch.allclose(ours, layer_norm(x, weight, bias, impl="torch"), atol=1e-5)
+
+
+def test_branch_and_residual_accumulate_their_own_gradients():
+    """Both gradients are one sum; as two views of one memory they would be added to twice."""
+    x, residual = (torch.randn(4, 6, 32, device=DEVICE, requires_grad=True) for _ in "xr")
+    weight = torch.rand(32, device=DEVICE)
+
+    def step(impl):
+        y, total = layer_norm(x, weight, None, residual=residual, impl=impl)
+        (y.square().sum() + total.sum()).backward()
+
+    step("triton")
+    step("triton")
+    ours, x.grad, residual.grad = (x.grad, residual.grad), None, None
+    step("reference")
+    for got, want in zip(ours, (x.grad, residual.grad), strict=True):
+        assert torch.allclose(got, 2 * want, atol=1e-4)

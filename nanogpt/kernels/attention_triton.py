@@ -497,7 +497,7 @@ def _empty_like_q(q: torch.Tensor) -> torch.Tensor:
 
     Rows begin at multiples of 16 elements, as in `aligned`.
     """
-    batch, heads, positions, width = q.shape
+    _, heads, positions, width = q.shape
     row = -(-width // 16) * 16
     strides = positions * heads * row, row, heads * row, 1
     return q.new_empty_strided(q.shape, strides)  # not a view: callers may add to it in place

@@ -178,6 +178,7 @@ def _gradient_in_place(
 
 def stored_factor(count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a stored gradient is multiplied by: 1/count, kept off float16's underflow."""
+    count = count.clamp(min=1)
     return (1024 / count).clamp(max=1.0) if dtype == torch.float16 else 1 / count
 
 
