@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_session import DeviceLost, Session, deterministic, last_lines, takes, unavailable
+from gpu_session import DeviceLost, Session, deterministic, last_lines, unavailable
 
 from nanogpt import kernels
 
@@ -260,14 +260,11 @@ def _attention_cases(session: Session) -> Iterator[Case]:
 
 
 def _gluon_cases(session: Session) -> Iterator[Case]:
-    """The forward pass of the Hopper kernel, where this version has one and the device runs it."""
+    """The forward pass of the Hopper kernel, where the device runs it."""
     if session.device != "cuda":
         return
-    try:
-        from nanogpt.kernels import attention_gluon
-    except ImportError as error:
-        session.note(f"not available: gluon attention: {error}")
-        return
+    from nanogpt.kernels import attention_gluon
+
     for dtype in (torch.bfloat16, torch.float16):
         for b, h, t, d in ((2, 12, 1024, 64), (2, 4, 300, 64), (1, 4, 2048, 128), (1, 3, 130, 128)):
             q, k, v = (torch.randn(b, h, t, d, dtype=dtype, device="cuda") for _ in "qkv")
@@ -310,9 +307,7 @@ def _ffn_cases(session: Session) -> Iterator[Case]:
         ((4096,), 768, 3072, True),
         ((2047,), 1600, 6400, True),
     ]
-    recomputes = (False, True) if takes(kernels.gelu_ffn, "recompute") else (False,)
-    if len(recomputes) == 1:
-        session.note("not available: gelu_ffn(recompute=True) is not in this version")
+    recomputes = (False, True)
     for dtype in (*_dtypes(session), None):  # None: weights in float32 under autocast
         for rows, c, f, biases in tiny if session.tiny else shapes:
             if dtype is None and (session.tiny or (f > 2000 and rows[0] > 129)):
@@ -354,9 +349,7 @@ def _cross_entropy_cases(session: Session) -> Iterator[Case]:
         (5, 128256),
         (2048, 50304),
     ]
-    reuses = (False, True) if takes(kernels.cross_entropy, "reuse_logits") else (False,)
-    if len(reuses) == 1:
-        session.note("not available: cross_entropy(reuse_logits=True) is not in this version")
+    reuses = (False, True)
     for dtype in _dtypes(session):
         for n, v in tiny if session.tiny else shapes:
             targets = torch.randint(v, (n,), device=session.device)
@@ -395,9 +388,6 @@ def _all_ignored(session: Session) -> None:
 
 
 def _linear_cross_entropy_cases(session: Session) -> Iterator[Case]:
-    if not hasattr(kernels, "linear_cross_entropy"):
-        session.note("not available: linear_cross_entropy is not in this version")
-        return
     tiny = [(5, 16, 65, None)]
     shapes = [
         (130, 64, 1000, None),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_session import Session, deterministic, takes
+from gpu_session import Session, deterministic
 from recording import graph_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -170,14 +170,11 @@ def _gluon(
     candidates: dict[str, Function],
     flops: float,
 ) -> None:
-    """The Hopper kernel's forward pass, where this version has one and the device runs it."""
+    """The Hopper kernel's forward pass, where the device runs it."""
     if session.device != "cuda":
         return
-    try:
-        from nanogpt.kernels import attention_gluon
-    except ImportError as error:
-        session.note(f"not available: gluon attention: {error}")
-        return
+    from nanogpt.kernels import attention_gluon
+
     q, k, v = (x.detach() for x in given)
     reason = attention_gluon.unsupported(q, k, v)
     if reason is not None:
@@ -303,7 +300,7 @@ def _ffn_shape(
         return lambda: kernels.gelu_ffn(x, w1, b1, w2, b2, recompute=True, impl=impl)
 
     variants = {"": plain}
-    if mode is None and takes(kernels.gelu_ffn, "recompute"):
+    if mode is None:
         variants["recomputing"] = recomputing
     torch._dynamo.reset()
     compiled = session.compiled(eager, mode)
@@ -370,9 +367,7 @@ def _cross_entropy(session: Session, n: int, v: int, dtype: torch.dtype) -> None
     def ours(impl: str, **options: bool) -> Function:
         return partial(both, partial(kernels.cross_entropy, impl=impl, **options))
 
-    variants: dict[str, Callable[[str], Function]] = {"": ours}
-    if takes(kernels.cross_entropy, "reuse_logits"):
-        variants["in place"] = partial(ours, reuse_logits=True)
+    variants = {"": ours, "in place": partial(ours, reuse_logits=True)}
     torch._dynamo.reset()
     compiled = session.compiled(_float_cross_entropy)
     candidates: dict[str, Function] = {
@@ -391,6 +386,23 @@ def _cross_entropy(session: Session, n: int, v: int, dtype: torch.dtype) -> None
         fresh()
         peaks[name] = session.peak_bytes(function)
     times = session.times(functions, dict.fromkeys(functions, fresh))
+    # One read, one write.
+    _rows_with_peaks(
+        session, shape, dtype, times, peaks, found, peers, nbytes=2 * n * v * dtype.itemsize
+    )
+
+
+def _rows_with_peaks(
+    session: Session,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    times: dict[str, float],
+    peaks: dict[str, int | None],
+    found: dict[str, Function],
+    peers: dict[str, Function],
+    **amount: float,
+) -> None:
+    """A row for each variant of ours, with the memory that it and its peers took."""
     for name in found:
         session.row(
             "gpu-cross_entropy",
@@ -398,9 +410,9 @@ def _cross_entropy(session: Session, n: int, v: int, dtype: torch.dtype) -> None
             dtype,
             times[name],
             {peer: times[peer] for peer in peers},
-            nbytes=2 * n * v * dtype.itemsize,  # one read, one write
             peak_bytes=peaks[name],
             peers_peak_bytes={peer: peaks[peer] for peer in peers},
+            **amount,
         )
 
 
@@ -419,18 +431,13 @@ def _linear_cross_entropy(session: Session, n: int, c: int, v: int, dtype: torch
         return partial(both, partial(kernels.linear_cross_entropy, impl=impl))
 
     def separate(impl: str) -> Function:
-        options = {"reuse_logits": True} if takes(kernels.cross_entropy, "reuse_logits") else {}
-
         def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return kernels.cross_entropy(F.linear(hidden, weight), targets, impl=impl, **options)
+            logits = F.linear(hidden, weight)
+            return kernels.cross_entropy(logits, targets, reuse_logits=True, impl=impl)
 
         return partial(both, run)
 
-    variants: dict[str, Callable[[str], Function]] = {"head then loss": separate}
-    if hasattr(kernels, "linear_cross_entropy"):
-        variants["linear_cross_entropy"] = fused
-    else:
-        session.note("not available: linear_cross_entropy is not in this version")
+    variants = {"head then loss": separate, "linear_cross_entropy": fused}
     torch._dynamo.reset()
     candidates: dict[str, Function] = {
         "torch": partial(both, eager),
@@ -442,17 +449,7 @@ def _linear_cross_entropy(session: Session, n: int, c: int, v: int, dtype: torch
     functions = found | peers
     peaks = {name: session.peak_bytes(function) for name, function in functions.items()}
     times = session.times(functions)
-    for name in found:
-        session.row(
-            "gpu-cross_entropy",
-            {"pass": "both", **shape, "ours": name},
-            dtype,
-            times[name],
-            {peer: times[peer] for peer in peers},
-            flops=6.0 * n * c * v,
-            peak_bytes=peaks[name],
-            peers_peak_bytes={peer: peaks[peer] for peer in peers},
-        )
+    _rows_with_peaks(session, shape, dtype, times, peaks, found, peers, flops=6.0 * n * c * v)
 
 
 def run_layer_norm(session: Session) -> None:

@@ -5,7 +5,6 @@ that hangs or dies leaves what it had.
 """
 
 import gc
-import inspect
 import json
 import math
 import re
@@ -219,15 +218,8 @@ def run_ceilings(session: Session) -> None:
 
 def unavailable(error: Exception) -> str | None:
     """The reason where an implementation says that it cannot run, or None for an error."""
-    if isinstance(error, ImportError) and str(error.name or "").startswith("nanogpt.kernels"):
-        return f"not in this version: {one_line(error).partition(' (')[0]}"
     found = _UNAVAILABLE.search(str(error)) if isinstance(error, RuntimeError) else None
     return one_line(found[1]) if found else None
-
-
-def takes(function: Callable[..., Any], keyword: str) -> bool:
-    """Whether a function has that keyword in this version."""
-    return keyword in inspect.signature(function).parameters
 
 
 def one_line(error: Exception | str) -> str:

@@ -169,8 +169,6 @@ def test_cross_entropy(benchmark, record, ceilings, which, rows, classes):
 @pytest.mark.parametrize("which", PASSES)
 def test_linear_cross_entropy(benchmark, record, ceilings, which):
     """The output head and the loss in one, beside one after the other."""
-    if not hasattr(kernels, "linear_cross_entropy"):
-        pytest.skip("this version has no linear_cross_entropy")
     rows, width, classes = 512 * LARGE, 128, 8192
     leaves = tensors((rows, width), (classes, width))
     targets = torch.randint(classes, (rows,), device=DEVICE)

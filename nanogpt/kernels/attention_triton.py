@@ -603,8 +603,9 @@ def backward(
     by_keys = tile("by_keys" if deterministic else "by_keys_dq", padded, size, generation)
     sums = q.new_zeros(q.shape, dtype=torch.float32) if not deterministic else None
     with device_of(q):
-        _delta_kernel[(n_heads, triton.cdiv(n_queries, 32))](
-            out, dout, delta, heads, n_queries, width, *_strides(out, dout), BT=32, BD=padded,
+        rows = max(8, min(32, 2048 // padded))
+        _delta_kernel[(n_heads, triton.cdiv(n_queries, rows))](
+            out, dout, delta, heads, n_queries, width, *_strides(out, dout), BT=rows, BD=padded,
         )  # fmt: skip
         _by_keys_kernel[(triton.cdiv(n_keys, by_keys.BS) * n_heads,)](
             _operand(q, by_keys.BT, padded, tma),
