@@ -1,6 +1,7 @@
 """The fused operations against their definitions in float64, and their messages."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -202,7 +203,10 @@ def test_a_wrong_argument_is_named(message):
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 @pytest.mark.parametrize("outputs", [512, 513])
 @pytest.mark.parametrize("biased", [True, False])
-def test_the_thin_linear_map_is_as_exact_as_torchs(rows, outputs, biased):
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_thin_linear_map_is_as_exact_as_torchs(rows, outputs, biased, cut, monkeypatch):
+    module = sys.modules["nanogpt.kernels.linear"]
+    monkeypatch.setattr(module, "cuts_pay", lambda threads: cut)
     x, weight = torch.randn(rows, 1, 256), torch.randn(outputs, 256)
     bias = torch.randn(outputs) if biased else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -229,3 +233,19 @@ def test_float32_products_use_tf32_only_where_torch_was_told_so():
             assert dot_precision() == picked
     finally:
         matmul.fp32_precision = before
+
+
+def test_which_thin_product_runs_is_measured_once(monkeypatch):
+    module = sys.modules["nanogpt.kernels.linear"]
+    module.cuts_pay.cache_clear()
+    x, weight = torch.randn(1, 512), torch.randn(512, 512)
+    real, calls = module.in_parts, []
+    monkeypatch.setattr(module, "in_parts", lambda *given: calls.append(1) or real(*given))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        kernels.linear(x, weight, None)
+        measured = len(calls)
+        kernels.linear(x, weight, None)
+    assert measured >= 36
+    assert len(calls) <= measured + 1
+    assert torch.equal(torch.get_rng_state(), state), "the measurement moved the generator"
