@@ -7,6 +7,7 @@ of (seed, token id, position, row, stream) alone, so that row i of a batch equal
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -202,6 +203,7 @@ class GraphedStep:
         self.count = torch.ones(1, dtype=torch.int32, device=device)
         self.logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._plain = device.type != "cuda"
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, V) for the tokens (B, 1) that follow what the cache holds; valid until called again.
@@ -212,12 +214,15 @@ class GraphedStep:
             raise ValueError(f"the cache of {self.cache.length} tokens is full")
         self.tokens.copy_(tokens)
         self.count.fill_(self.cache.length + 1)
-        if self.tokens.device.type != "cuda":
+        if self._graph is None and not self._plain:
+            try:
+                self._graph = self._capture()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"no CUDA graph, decoding goes on without: {reason}", stacklevel=2)
+                self._plain = True
+        if self._graph is None:
             self.logits = self._run()
-        elif self._graph is None:
-            self._capture()
-            assert self._graph is not None
-            self._graph.replay()
         else:
             self._graph.replay()
         self.cache.advance(1)
@@ -232,7 +237,7 @@ class GraphedStep:
         finally:
             self.cache.count, self.cache.length = None, length
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """Run twice beside the main stream, so that everything is compiled and allocated, then
         record. What these runs write into the cache is what the first replay writes again."""
         aside = torch.cuda.Stream()
@@ -244,7 +249,7 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.logits = self._run()
-        self._graph = graph
+        return graph
 
 
 @dataclass(frozen=True)

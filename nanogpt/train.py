@@ -313,6 +313,8 @@ def _choose_kernels(plan: Plan, begun: RunDirectory | None) -> tuple[dict[str, s
     try:
         return choose(plan.config.kernels, plan.device, work, earlier)
     except RuntimeError as error:
+        if plan.config.kernels == "auto":
+            raise
         raise UsageError(f"--kernels {plan.config.kernels}: {error}; use auto") from None
 
 

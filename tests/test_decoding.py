@@ -343,3 +343,22 @@ def test_a_step_beyond_the_context_is_refused():
         model.next_logits(torch.zeros(1, 4, dtype=torch.int64), cache)
         with pytest.raises(ValueError, match="cache of 4 tokens is full"):
             GraphedStep(model, cache)(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch):
+    model = GPT(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=9).eval()
+    cache = KVCache(model.config, 1, dtype=torch.float32, device=torch.device("cpu"))
+
+    def fails(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(GraphedStep, "_capture", fails)
+    tokens = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        model.next_logits(tokens[:, :2], cache)
+        step = GraphedStep(model, cache)
+        step._plain = False
+        with pytest.warns(UserWarning, match="without: operation not permitted when stream is ca"):
+            logits = step(tokens[:, 2:])
+        assert torch.allclose(logits, model.next_logits(tokens), atol=1e-5)
+        assert step(tokens[:, :1]).isfinite().all()
