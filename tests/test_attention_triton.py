@@ -181,14 +181,19 @@ def test_the_interpreters_wrong_bfloat16_is_refused():
         causal_attention(q, q, q, impl="triton")
 
 
-def test_a_kernel_that_forgets_the_mask_is_caught():
-    """The rule can fail: plain attention without a mask is far outside it."""
+@pytest.mark.parametrize("mistake", ["a constant", "the mask", "one key too many"])
+def test_the_rule_catches_a_kernel_with_a_mistake(mistake, monkeypatch):
     q, k, v = random_inputs(20, 20, 16)
     exact = causal_attention(q.double(), k.double(), v.double(), impl="reference")
     torchs = causal_attention(q, k, v, impl="torch")
-    unmasked = (q @ k.transpose(2, 3) / 4).softmax(-1) @ v
+    if mistake == "a constant":
+        monkeypatch.setattr(kernels, "LOG2_E", 1.0)
+    elif mistake == "the mask":  # each query sees every key, and its past twice
+        k, v = torch.cat([k, k], 2), torch.cat([v, v], 2)
+    else:
+        k, v = torch.cat([k[:, :, :1], k], 2), torch.cat([v[:, :, :1], v], 2)
     with pytest.raises(AssertionError, match="above"):
-        assert_exact(unmasked, torchs, exact)
+        assert_exact(causal_attention(q, k, v, impl="triton"), torchs, exact)
 
 
 def test_the_gluon_tier_runs_only_where_it_was_measured(monkeypatch):
