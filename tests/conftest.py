@@ -1,5 +1,6 @@
 """Shared fixtures: real data, small models, and a command line that runs in this process."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nanogpt import cli
+
+TRITON = importlib.util.find_spec("triton") is not None
+# Where there is no Triton (macOS), what tests its kernels is not collected.
+collect_ignore_glob = [] if TRITON else ["*_triton.py", "test_kernels_in_training.py"]
+collect_ignore = [] if TRITON else ["test_attention_gluon.py", "test_codegen.py"]
 
 
 @pytest.fixture(scope="session")

@@ -183,6 +183,7 @@ def test_the_interpreters_wrong_bfloat16_is_refused():
 
 @pytest.mark.parametrize("mistake", ["a constant", "the mask", "one key too many"])
 def test_the_rule_catches_a_kernel_with_a_mistake(mistake, monkeypatch):
+    """A wrong constant stands in the kernel; wrong masks are imitated by the keys it is given."""
     q, k, v = random_inputs(20, 20, 16)
     exact = causal_attention(q.double(), k.double(), v.double(), impl="reference")
     torchs = causal_attention(q, k, v, impl="torch")

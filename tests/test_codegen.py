@@ -10,8 +10,6 @@ import pytest
 
 from nanogpt.kernels.codegen import CASES, MULTIPROCESSORS
 
-pytest.importorskip("triton")
-
 
 def compiler(*arguments, code=None):
     """A process that compiles: this one interprets."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -63,6 +64,8 @@ def check_row(row, ceilings):
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     """One trial of every part, and the folder of its files."""
+    if not TRITON:
+        pytest.skip("the trial interprets the kernels: needs Triton")
     folder = tmp_path_factory.mktemp("gpu-trial")
     before = sorted((ROOT / "benchmarks" / "results").rglob("*"))
     arguments = ("--quick", "--output", folder, "--commit", "1234567")

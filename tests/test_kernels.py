@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TRITON
 
 from nanogpt import kernels
 from nanogpt.kernels import causal_attention, cross_entropy, dispatch, gelu_ffn, layer_norm
@@ -137,6 +138,7 @@ def test_layer_norm_with_a_residual_gives_the_sum_too(impl):
     assert torch.allclose(y, F.layer_norm(total, (8,), weight, bias), atol=1e-6)
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_a_named_implementation_that_cannot_run_says_why(monkeypatch):
     q = torch.randn(1, 1, 2, 4)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -160,6 +162,7 @@ def test_auto_never_interprets_kernels_on_a_cpu():
     assert dispatch.resolve("attention", "auto", x, x, x) == "torch"
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_every_operation_refuses_what_its_kernels_cannot_read(operation):
     wide = torch.randn(2, 4, dtype=torch.float64)
@@ -222,6 +225,7 @@ def test_the_linear_map_keeps_its_gradient():
     assert torch.allclose(x.grad, weight.sum(0)[None], atol=1e-4)
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_float32_products_use_tf32_only_where_torch_was_told_so():
     from nanogpt.kernels.launch_triton import dot_precision
 

@@ -653,7 +653,7 @@ def decode(
     if not out.numel():
         return out
     q, k, v = aligned(q), aligned(k), aligned(v)
-    # Two programs a multiprocessor at least, as far as there are tiles.
+    # Four programs a multiprocessor, as far as there are tiles.
     wanted = triton.cdiv(4 * target_of(q).multiprocessors, batch * heads)
     padded = _padded(width)
     rows = min(64, _DECODE_ELEMENTS // padded)

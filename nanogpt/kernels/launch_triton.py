@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -132,15 +133,7 @@ def operator(name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ())
 
 def device_of(x: torch.Tensor) -> Any:
     """A context in which kernels go to x's device."""
-    return torch.cuda.device(x.device) if x.is_cuda else _Nowhere()
-
-
-class _Nowhere:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
