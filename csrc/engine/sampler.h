@@ -1,0 +1,58 @@
+// From logits to a token: filters, reward tilt and the counter-based draw.
+//
+// The order and every formula are those of nanogpt/decoding.py, in float64: repetition penalty,
+// temperature, top-k, top-p, min-p, reward tilt, draw. The draw is Gumbel-max over Philox4x32-10
+// words with key = seed and counter = (id div 4, position, row, stream).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace nanogpt {
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+
+// -log(-log u), u = (w + 0.5) / 2^32, for one id at one place.
+double gumbel(uint64_t seed, uint32_t id, uint32_t position, uint32_t row, uint32_t stream);
+
+struct Filters {
+  double temperature = 1.0;
+  std::optional<int64_t> top_k;
+  std::optional<double> top_p;
+  std::optional<double> min_p;
+  double repetition_penalty = 1.0;
+  // Throws UsageError for a value out of range.
+  void check() const;
+};
+
+// One row's draws. Keeps buffers between calls; nothing is allocated after the first.
+class Sampler {
+ public:
+  // `seed` is not used at temperature 0.
+  Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row = 0,
+          uint32_t stream = 0);
+  // Marks tokens of the text, for the repetition penalty.
+  void see(const int32_t* tokens, size_t count);
+  // The id for the token that will stand at `position` of the text. `tilt`, or null: (V) float64
+  // added to the log-probabilities that the filters left (beta * reward). Marks the id as seen.
+  // Ties go to the lowest id; temperature 0 takes the likeliest (after the tilt).
+  int32_t next(const float* logits, uint32_t position, const double* tilt = nullptr);
+
+ private:
+  struct Buffers;
+  int64_t vocab_size_;
+  Filters filters_;
+  uint64_t seed_;
+  uint32_t row_, stream_;
+  std::vector<uint8_t> seen_;
+  std::vector<double> kept_;
+  std::vector<int32_t> order_;
+};
+
+// softmax(logits / temperature)[id] in float64: the model's own probability of an id before any
+// filter, at its calibration temperature (1 where there is none).
+double probability_of(const float* logits, int64_t vocab_size, int32_t id, double temperature);
+
+}  // namespace nanogpt
