@@ -1,0 +1,157 @@
+#include "generate/inputs.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+#include "engine/error.h"
+
+namespace nanogpt {
+namespace {
+
+constexpr size_t kLargestBytes = size_t{1} << 30;
+
+// Length of the valid UTF-8 character at `at`, 0 where there is none. Shortest forms only, no
+// surrogates, nothing above U+10FFFF (Unicode 15, table 3-7).
+size_t character_length(std::string_view text, size_t at) {
+  const auto byte = [&](size_t i) -> unsigned {
+    return at + i < text.size() ? static_cast<unsigned char>(text[at + i]) : 0U;
+  };
+  const auto follows = [&](size_t i) { return (byte(i) & 0xC0U) == 0x80U; };
+  const unsigned first = byte(0);
+  if (first < 0x80) return 1;
+  if (first >= 0xC2 && first <= 0xDF) return follows(1) ? 2 : 0;
+  const unsigned second = byte(1);
+  if (first >= 0xE0 && first <= 0xEF) {
+    const unsigned low = first == 0xE0 ? 0xA0 : 0x80, high = first == 0xED ? 0x9F : 0xBF;
+    return second >= low && second <= high && follows(2) ? 3 : 0;
+  }
+  if (first >= 0xF0 && first <= 0xF4) {
+    const unsigned low = first == 0xF0 ? 0x90 : 0x80, high = first == 0xF4 ? 0x8F : 0xBF;
+    return second >= low && second <= high && follows(2) && follows(3) ? 4 : 0;
+  }
+  return 0;
+}
+
+std::string trimmed(const std::string& text) {
+  const char* spaces = " \t\r\n\v\f";
+  const size_t first = text.find_first_not_of(spaces);
+  if (first == std::string::npos) return "";
+  return text.substr(first, text.find_last_not_of(spaces) - first + 1);
+}
+
+std::vector<std::string> pieces(const std::string& text, char separator) {
+  std::vector<std::string> found;
+  size_t start = 0;
+  while (start <= text.size()) {
+    const size_t end = std::min(text.find(separator, start), text.size());
+    const std::string piece = trimmed(text.substr(start, end - start));
+    if (!piece.empty()) found.push_back(piece);
+    start = end + 1;
+  }
+  return found;
+}
+
+bool ends_in(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+}  // namespace
+
+std::optional<size_t> first_bad_byte(std::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const size_t length = character_length(text, at);
+    if (length == 0) return at;
+    at += length;
+  }
+  return std::nullopt;
+}
+
+std::string visible(std::string_view text) {
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    const size_t length = character_length(text, at);
+    const unsigned char byte = static_cast<unsigned char>(text[at]);
+    // U+0080 to U+009F are control characters too; some terminals obey them.
+    const bool c1 = length == 2 && byte == 0xC2 && static_cast<unsigned char>(text[at + 1]) < 0xA0;
+    if (length > 1 && !c1) {
+      out += text.substr(at, length);
+      at += length;
+      continue;
+    }
+    if (byte == '\n') {
+      out += "\\n";
+    } else if (byte == '\t') {
+      out += "\\t";
+    } else if (byte == '\\') {
+      out += "\\\\";
+    } else if (byte < 0x20 || byte >= 0x7F) {
+      char code[8];
+      std::snprintf(code, sizeof code, "\\x%02x", byte);
+      out += code;
+    } else {
+      out += static_cast<char>(byte);
+    }
+    ++at;
+  }
+  return out;
+}
+
+std::string read_file(const std::string& path, const std::string& what) {
+  const bool standard = path == "-";
+  const std::string name = standard ? "standard input" : path;
+  const auto refuse = [&](const std::string& reason) {
+    return InputError("cannot read " + what + " " + visible(name) + ": " + reason);
+  };
+  const int descriptor = standard ? STDIN_FILENO : open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) throw refuse(std::strerror(errno));
+  std::string content;
+  char block[65536];
+  while (true) {
+    const ssize_t got = read(descriptor, block, sizeof block);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      const int reason = errno;
+      if (!standard) close(descriptor);
+      throw refuse(std::strerror(reason));
+    }
+    if (got == 0) break;
+    content.append(block, static_cast<size_t>(got));
+    if (content.size() > kLargestBytes) {
+      if (!standard) close(descriptor);
+      throw refuse("it has more than 1 GiB");
+    }
+  }
+  if (!standard) close(descriptor);
+  return content;
+}
+
+std::string read_text(const std::string& path, const std::string& what) {
+  std::string text = read_file(path, what);
+  if (const auto bad = first_bad_byte(text)) {
+    throw InputError(visible(path == "-" ? "standard input" : path) +
+                     " is not UTF-8 text: bad byte at " + std::to_string(*bad));
+  }
+  return text;
+}
+
+std::vector<std::string> read_terms(const std::string& value) {
+  struct stat status = {};
+  const bool exists = stat(value.c_str(), &status) == 0;
+  std::vector<std::string> terms;
+  if ((exists && !S_ISDIR(status.st_mode)) || (!exists && ends_in(value, ".txt"))) {
+    terms = pieces(read_text(value, "the terms of --reward-terms"), '\n');
+    if (terms.empty()) throw InputError(visible(value) + " holds no terms, one a line");
+    return terms;
+  }
+  if (first_bad_byte(value)) throw UsageError("--reward-terms is not UTF-8 text");
+  terms = pieces(value, ',');
+  if (terms.empty()) throw UsageError("--reward-terms needs at least one term");
+  return terms;
+}
+
+}  // namespace nanogpt
