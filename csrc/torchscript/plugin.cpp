@@ -28,11 +28,16 @@ struct Model {
   int64_t length = 0;
 };
 
-// The first line of what went wrong; libtorch appends a stack to it.
+// What went wrong, in one line: the first, or the last where the interpreter wraps it in a trace of
+// the archive's code.
 int fail(const std::exception& problem, char* error, size_t size) {
   std::string sentence = problem.what();
   if (const auto* torch_problem = dynamic_cast<const c10::Error*>(&problem)) {
     sentence = torch_problem->what_without_backtrace();
+  }
+  while (!sentence.empty() && sentence.back() == '\n') sentence.pop_back();
+  if (sentence.rfind("The following operation failed", 0) == 0) {
+    sentence = sentence.substr(sentence.rfind('\n') + 1);
   }
   sentence = sentence.substr(0, sentence.find('\n'));
   if (size > 0) std::snprintf(error, size, "%s", sentence.c_str());
