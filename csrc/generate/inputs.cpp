@@ -4,38 +4,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 
 #include "engine/error.h"
+#include "engine/utf8.h"
 
 namespace nanogpt {
 namespace {
 
 constexpr size_t kLargestBytes = size_t{1} << 30;
-
-// Length of the valid UTF-8 character at `at`, 0 where there is none. Shortest forms only, no
-// surrogates, nothing above U+10FFFF (Unicode 15, table 3-7).
-size_t character_length(std::string_view text, size_t at) {
-  const auto byte = [&](size_t i) -> unsigned {
-    return at + i < text.size() ? static_cast<unsigned char>(text[at + i]) : 0U;
-  };
-  const auto follows = [&](size_t i) { return (byte(i) & 0xC0U) == 0x80U; };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  if (first >= 0xC2 && first <= 0xDF) return follows(1) ? 2 : 0;
-  const unsigned second = byte(1);
-  if (first >= 0xE0 && first <= 0xEF) {
-    const unsigned low = first == 0xE0 ? 0xA0 : 0x80, high = first == 0xED ? 0x9F : 0xBF;
-    return second >= low && second <= high && follows(2) ? 3 : 0;
-  }
-  if (first >= 0xF0 && first <= 0xF4) {
-    const unsigned low = first == 0xF0 ? 0x90 : 0x80, high = first == 0xF4 ? 0x8F : 0xBF;
-    return second >= low && second <= high && follows(2) && follows(3) ? 4 : 0;
-  }
-  return 0;
-}
 
 std::string trimmed(const std::string& text) {
   const char* spaces = " \t\r\n\v\f";
@@ -63,40 +43,34 @@ bool ends_in(const std::string& text, const std::string& end) {
 }  // namespace
 
 std::optional<size_t> first_bad_byte(std::string_view text) {
-  for (size_t at = 0; at < text.size();) {
-    const size_t length = character_length(text, at);
-    if (length == 0) return at;
-    at += length;
-  }
-  return std::nullopt;
+  const size_t valid = utf8_valid_prefix(text);
+  return valid == text.size() ? std::nullopt : std::optional<size_t>(valid);
 }
 
 std::string visible(std::string_view text) {
   std::string out;
-  for (size_t at = 0; at < text.size();) {
-    const size_t length = character_length(text, at);
-    const unsigned char byte = static_cast<unsigned char>(text[at]);
+  const char* const end = text.data() + text.size();
+  for (const char* at = text.data(); at < end;) {
+    const Utf8Step step = utf8_step(at, end);
     // U+0080 to U+009F are control characters too; some terminals obey them.
-    const bool c1 = length == 2 && byte == 0xC2 && static_cast<unsigned char>(text[at + 1]) < 0xA0;
-    if (length > 1 && !c1) {
-      out += text.substr(at, length);
-      at += length;
-      continue;
-    }
-    if (byte == '\n') {
+    if (step.kind == Utf8Step::character && step.code >= 0xA0) {
+      out.append(at, step.length);
+    } else if (*at == '\n') {
       out += "\\n";
-    } else if (byte == '\t') {
+    } else if (*at == '\t') {
       out += "\\t";
-    } else if (byte == '\\') {
+    } else if (*at == '\\') {
       out += "\\\\";
-    } else if (byte < 0x20 || byte >= 0x7F) {
-      char code[8];
-      std::snprintf(code, sizeof code, "\\x%02x", byte);
-      out += code;
     } else {
-      out += static_cast<char>(byte);
+      for (int i = 0; i < step.length; ++i) {
+        const auto byte = static_cast<unsigned char>(at[i]);
+        char code[8];
+        const bool shown = byte >= 0x20 && byte < 0x7F;
+        std::snprintf(code, sizeof code, shown ? "%c" : "\\x%02x", byte);
+        out += code;
+      }
     }
-    ++at;
+    at += step.length;
   }
   return out;
 }
