@@ -1,0 +1,650 @@
+#include "engine/bpe.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <iterator>
+#include <optional>
+#include <utility>
+
+#include "engine/error.h"
+#include "engine/sentences.h"
+#include "engine/unicode_tables.h"
+#include "engine/utf8.h"
+
+namespace nanogpt {
+namespace {
+
+constexpr std::string_view kEndOfText = "<|endoftext|>";
+
+[[noreturn]] void damaged(const std::string& reason) {
+  throw InputError("the bpe tokenizer is damaged: " + reason);
+}
+
+// Words are what GPT-2's pattern matches:
+// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+enum Class : uint8_t { kOther, kLetter, kNumber, kSpace, kNotAscii };
+
+constexpr std::array<uint8_t, 256> ascii_classes() {
+  std::array<uint8_t, 256> classes{};
+  for (size_t i = 0; i < 256; ++i) classes[i] = i < 128 ? kOther : kNotAscii;
+  for (size_t i = 'a'; i <= 'z'; ++i) classes[i] = classes[i - 'a' + 'A'] = kLetter;
+  for (size_t i = '0'; i <= '9'; ++i) classes[i] = kNumber;
+  for (size_t i = '\t'; i <= '\r'; ++i) classes[i] = kSpace;
+  classes[' '] = kSpace;
+  return classes;
+}
+constexpr std::array<uint8_t, 256> kAscii = ascii_classes();
+
+// Cuts valid UTF-8 into words.
+class WordCutter {
+ public:
+  explicit WordCutter(std::string_view text) : at_(text.data()), end_(text.data() + text.size()) {}
+
+  // The next word, empty at the end of the text.
+  std::string_view next() {
+    if (at_ == end_) return {};
+    const char* const start = at_;
+    if (*at_ == '\'') {
+      if (const int length = contraction(); length > 0) {
+        at_ += length;
+        return {start, static_cast<size_t>(length)};
+      }
+    }
+    int length;
+    uint8_t kind = class_at(at_, length);
+    if (*at_ == ' ' && end_ - at_ > 1) {
+      // A space belongs to the word after it.
+      int after_length;
+      const uint8_t after = class_at(at_ + 1, after_length);
+      if (after != kSpace) {
+        ++at_;
+        kind = after;
+        length = after_length;
+      }
+    }
+    const char* last = at_;
+    at_ += length;
+    while (at_ != end_ && class_at(at_, length) == kind) {
+      last = at_;
+      at_ += length;
+    }
+    // White space before a word leaves its last character to what follows, if it has others.
+    if (kind == kSpace && at_ != end_ && last != start) at_ = last;
+    return {start, static_cast<size_t>(at_ - start)};
+  }
+
+ private:
+  int contraction() const {
+    const auto comes = [this](char first, char second) {
+      return end_ - at_ > 2 && at_[1] == first && at_[2] == second;
+    };
+    if (end_ - at_ < 2) return 0;
+    const char first = at_[1];
+    if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
+    return comes('r', 'e') || comes('v', 'e') || comes('l', 'l') ? 3 : 0;
+  }
+
+  uint8_t class_at(const char* at, int& length) {
+    const uint8_t kind = kAscii[static_cast<uint8_t>(*at)];
+    if (kind != kNotAscii) {
+      length = 1;
+      return kind;
+    }
+    const uint32_t code = utf8_valid_step(at, length);
+    // A text stays in a range of characters for a while.
+    if (code < range_first_ || code >= range_end_) find_range(code);
+    return range_class_;
+  }
+
+  void find_range(uint32_t code) {
+    const auto* const after =
+        std::upper_bound(std::begin(kCharacterClasses), std::end(kCharacterClasses), code * 4 + 3);
+    const uint32_t entry = after[-1];
+    range_first_ = entry / 4;
+    range_end_ = after == std::end(kCharacterClasses) ? 0x110000 : *after / 4;
+    range_class_ = entry % 4;
+  }
+
+  const char* at_;
+  const char* const end_;
+  uint32_t range_first_ = 0, range_end_ = 0;
+  uint8_t range_class_ = 0;
+};
+
+// A vocabulary is spelled with a visible character for every byte.
+
+constexpr uint32_t kSymbols = 256 + 68;
+
+constexpr std::array<int16_t, kSymbols> symbol_values() {
+  std::array<int16_t, kSymbols> values{};
+  for (size_t i = 0; i < kSymbols; ++i) values[i] = -1;
+  uint32_t hidden = 256;
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    const bool visible = (byte >= 0x21 && byte < 0x7F) || (byte >= 0xA1 && byte != 0xAD);
+    values[visible ? byte : hidden++] = static_cast<int16_t>(byte);
+  }
+  return values;
+}
+constexpr std::array<int16_t, kSymbols> kSymbolValues = symbol_values();
+
+char byte_of_symbol(uint32_t code) {
+  if (code >= kSymbols || kSymbolValues[code] < 0) damaged("a token is not made of bytes");
+  return static_cast<char>(kSymbolValues[code]);
+}
+
+uint64_t load(const char* at, size_t count) {
+  uint64_t word = 0;
+  std::memcpy(&word, at, count);
+  return word;
+}
+
+uint64_t mixed(uint64_t word) {
+  word *= 0x9E3779B97F4A7C15u;
+  return word ^ (word >> 32);
+}
+
+uint32_t hash_of(std::string_view bytes) {
+  uint64_t hash = bytes.size();
+  const char* at = bytes.data();
+  size_t left = bytes.size();
+  for (; left >= 8; left -= 8, at += 8) hash = mixed(hash ^ load(at, 8));
+  if (left >= 4) {
+    hash = mixed(hash ^ (load(at, 4) | load(at + left - 4, 4) << 32));
+  } else if (left > 0) {
+    const auto byte = [at](size_t i) { return static_cast<uint64_t>(static_cast<uint8_t>(at[i])); };
+    hash = mixed(hash ^ (byte(0) | byte(left / 2) << 8 | byte(left - 1) << 16));
+  }
+  return static_cast<uint32_t>(mixed(hash));
+}
+
+// Slots of a table with open addressing that stays at most half full.
+size_t slots_for(size_t entries) {
+  size_t slots = 16;
+  while (slots < entries * 2) slots *= 2;
+  return slots;
+}
+
+struct Merge {
+  uint32_t rank;
+  int32_t made;
+};
+
+// What two neighbouring tokens become.
+class MergeTable {
+ public:
+  void reserve(size_t merges) {
+    slots_.assign(slots_for(merges), Slot{});
+    mask_ = slots_.size() - 1;
+  }
+
+  // As in the library the last of equal pairs counts.
+  void set(int32_t left, int32_t right, Merge merge) {
+    size_t at = place(left, right);
+    while (slots_[at].left >= 0 && !(slots_[at].left == left && slots_[at].right == right)) {
+      at = (at + 1) & mask_;
+    }
+    slots_[at] = {left, right, merge};
+  }
+
+  const Merge* find(int32_t left, int32_t right) const {
+    for (size_t at = place(left, right);; at = (at + 1) & mask_) {
+      const Slot& slot = slots_[at];
+      if (slot.left == left && slot.right == right) return &slot.merge;
+      if (slot.left < 0) return nullptr;
+    }
+  }
+
+ private:
+  struct Slot {
+    int32_t left = -1, right = -1;
+    Merge merge{};
+  };
+  size_t place(int32_t left, int32_t right) const {
+    const uint64_t key = static_cast<uint64_t>(left) << 32 | static_cast<uint32_t>(right);
+    return mixed(mixed(key)) & mask_;
+  }
+  std::vector<Slot> slots_;
+  size_t mask_ = 0;
+};
+
+class BPETokenizer : public Tokenizer {
+ public:
+  explicit BPETokenizer(JsonScanner& json);
+
+  std::vector<int32_t> encode(std::string_view text) const override;
+
+ private:
+  // Two names that a merge puts together; they lie one behind the other.
+  struct MergeText {
+    uint32_t start, left_length, right_length;
+  };
+  // Finds ids by their bytes while the tokenizer is built.
+  class Names;
+  // What encoding needs room for.
+  struct Scratch;
+
+  void read_vocabulary(JsonScanner& json);
+  void read_merges(JsonScanner& json);
+  void read_model(JsonScanner& json);
+  void read_added_tokens(JsonScanner& json);
+  void read_pre_tokenizer(JsonScanner& json);
+  void read_post_processor(JsonScanner& json);
+  void settle();
+
+  void append_short_word(std::string_view word, std::vector<int32_t>& ids) const;
+  void append_long_word(std::string_view word, Scratch& scratch, std::vector<int32_t>& ids) const;
+
+  std::array<int32_t, 256> byte_ids_{};
+  MergeTable merges_;
+
+  // Used while reading.
+  bool has_model_ = false, has_vocabulary_ = false, has_merges_ = false, splits_words_ = false;
+  std::optional<int32_t> added_id_;
+  std::vector<std::pair<Span, int32_t>> named_;
+  std::string merge_arena_;
+  std::vector<MergeText> merge_texts_;
+};
+
+void BPETokenizer::read_vocabulary(JsonScanner& json) {
+  if (has_vocabulary_) damaged("it has two vocabularies");
+  has_vocabulary_ = true;
+  auto start = static_cast<uint32_t>(arena_.size());
+  json.raw_object([this](uint32_t code) { arena_ += byte_of_symbol(code); },
+                  [&] {
+                    const auto end = static_cast<uint32_t>(arena_.size());
+                    named_.emplace_back(Span{start, end - start}, json.count());
+                    start = end;
+                  });
+}
+
+void BPETokenizer::read_merges(JsonScanner& json) {
+  if (has_merges_) damaged("it has two lists of merges");
+  has_merges_ = true;
+  const auto size = [this] { return static_cast<uint32_t>(merge_arena_.size()); };
+  const auto name = [this](uint32_t code) { merge_arena_ += byte_of_symbol(code); };
+  char form = 0;
+  json.array([&] {
+    const char type = json.next();
+    if (form == 0) form = type;
+    if (type != form || (type != '[' && type != '"')) damaged("a merge is not a pair of tokens");
+    MergeText merge{size(), 0, 0};
+    int parts = 0;
+    if (type == '[') {
+      json.array([&] {
+        json.string(name);
+        if (++parts == 1) merge.left_length = size() - merge.start;
+      });
+    } else {
+      // The older form: both with a space between them, which stands in no token.
+      parts = 1;
+      json.string([&](uint32_t code) {
+        if (code != ' ') return name(code);
+        ++parts;
+        merge.left_length = size() - merge.start;
+      });
+    }
+    if (parts != 2) damaged("a merge is not a pair of tokens");
+    merge.right_length = size() - merge.start - merge.left_length;
+    merge_texts_.push_back(merge);
+  });
+}
+
+void BPETokenizer::read_model(JsonScanner& json) {
+  if (has_model_) damaged("it has two models");
+  has_model_ = true;
+  bool has_type = false;
+  json.object([&](const std::string& key) {
+    if (key == "vocab") {
+      read_vocabulary(json);
+    } else if (key == "merges") {
+      read_merges(json);
+    } else if (key == "type") {
+      has_type = json.text() == "BPE";
+    } else if (key == "dropout" || key == "unk_token") {
+      if (!json.literal("null")) damaged("its option " + key + " is not supported");
+    } else if (key == "continuing_subword_prefix" || key == "end_of_word_suffix") {
+      if (!json.literal("null") && !json.text().empty()) {
+        damaged("its option " + key + " is not supported");
+      }
+    } else if (key == "byte_fallback" || key == "ignore_merges") {
+      if (!json.literal("false")) damaged("its option " + key + " is not supported");
+    } else {
+      json.skip();
+    }
+  });
+  if (!has_type) damaged("its model is not BPE");
+  if (!has_vocabulary_ || !has_merges_) damaged("its vocabulary or its merges are missing");
+}
+
+void BPETokenizer::read_added_tokens(JsonScanner& json) {
+  json.array([&] {
+    if (added_id_) damaged("it has more than one special token");
+    std::string content;
+    bool special = false;
+    json.object([&](const std::string& key) {
+      if (key == "content") {
+        content = json.text();
+      } else if (key == "id") {
+        added_id_ = json.count();
+      } else if (key == "special") {
+        special = json.literal("true");
+        if (!special) json.skip();
+      } else {
+        json.skip();
+      }
+    });
+    // Any other would be cut out of ordinary text.
+    if (content != kEndOfText || !special || !added_id_) {
+      damaged("its special token is not " + std::string(kEndOfText));
+    }
+  });
+}
+
+void BPETokenizer::read_pre_tokenizer(JsonScanner& json) {
+  bool byte_level = false, adds_space = true, uses_pattern = true;
+  json.object([&](const std::string& key) {
+    if (key == "type") {
+      byte_level = json.text() == "ByteLevel";
+    } else if (key == "add_prefix_space") {
+      adds_space = !json.literal("false");
+      if (adds_space) json.skip();
+    } else if (key == "use_regex") {
+      uses_pattern = json.literal("true");
+      if (!uses_pattern) json.skip();
+    } else {
+      json.skip();
+    }
+  });
+  if (!byte_level || adds_space || !uses_pattern) {
+    damaged("it does not split words as GPT-2 does");
+  }
+  splits_words_ = true;
+}
+
+void BPETokenizer::read_post_processor(JsonScanner& json) {
+  if (json.literal("null")) return;
+  // This one moves offsets only; others add tokens.
+  bool byte_level = false;
+  json.object([&](const std::string& key) {
+    if (key == "type") {
+      byte_level = json.text() == "ByteLevel";
+    } else {
+      json.skip();
+    }
+  });
+  if (!byte_level) damaged("its post-processor is not supported");
+}
+
+class BPETokenizer::Names {
+ public:
+  explicit Names(const BPETokenizer& owner, size_t names)
+      : arena_(owner.arena_), spans_(owner.spans_), slots_(slots_for(names)) {
+    mask_ = slots_.size() - 1;
+  }
+
+  void add(int32_t id) {
+    const uint32_t hash = hash_of(bytes_of(id));
+    size_t at = hash & mask_;
+    while (slots_[at].id >= 0) {
+      if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes_of(id)) {
+        damaged("it names a token twice");
+      }
+      at = (at + 1) & mask_;
+    }
+    slots_[at] = {hash, id};
+  }
+
+  // -1 where there is none.
+  int32_t find(std::string_view bytes) const {
+    const uint32_t hash = hash_of(bytes);
+    for (size_t at = hash & mask_; slots_[at].id >= 0; at = (at + 1) & mask_) {
+      if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes) return slots_[at].id;
+    }
+    return -1;
+  }
+
+  std::string_view bytes_of(int32_t id) const {
+    const Span& span = spans_[static_cast<size_t>(id)];
+    return {arena_.data() + span.start, span.length};
+  }
+
+ private:
+  struct Slot {
+    uint32_t hash = 0;
+    int32_t id = -1;
+  };
+  const std::string& arena_;
+  const std::vector<Span>& spans_;
+  std::vector<Slot> slots_;
+  size_t mask_;
+};
+
+// Ids, byte tokens and merges from what was read.
+void BPETokenizer::settle() {
+  if (!has_model_) damaged("its model is missing");
+  if (!splits_words_) damaged("it does not split words as GPT-2 does");
+  const size_t count = named_.size();
+  if (count > INT32_MAX / 4 || merge_texts_.size() > INT32_MAX / 4) damaged("it is too large");
+  spans_.assign(count, {});
+  for (const auto& [span, id] : named_) {
+    if (span.length == 0) damaged("a token is empty");
+    if (static_cast<size_t>(id) >= count || spans_[static_cast<size_t>(id)].length != 0) {
+      damaged("its ids are not 0, 1, 2 and so on");
+    }
+    spans_[static_cast<size_t>(id)] = span;
+  }
+  Names names(*this, count);
+  for (size_t id = 0; id < count; ++id) names.add(static_cast<int32_t>(id));
+
+  // The special token is the last one, in the vocabulary or after it.
+  const int32_t listed = names.find(kEndOfText);
+  const auto end_of_text = static_cast<int32_t>(listed >= 0 ? count - 1 : count);
+  if ((listed >= 0 && listed != end_of_text) || (listed < 0 && !added_id_) ||
+      (added_id_ && *added_id_ != end_of_text) || end_of_text < 256) {
+    damaged("its last token is not " + std::string(kEndOfText));
+  }
+  for (size_t byte = 0; byte < 256; ++byte) {
+    const char name = static_cast<char>(byte);
+    byte_ids_[byte] = names.find({&name, 1});
+    if (byte_ids_[byte] < 0) {
+      damaged("no token stands for the byte " + formatted("0x%02x", static_cast<uint32_t>(byte)));
+    }
+  }
+
+  const auto id_of = [&](std::string_view name) {
+    const int32_t id = name.size() == 1 ? byte_ids_[static_cast<uint8_t>(name[0])]  // the commonest
+                                        : names.find(name);
+    if (id < 0) damaged("a merge names a token that is not in the vocabulary");
+    return id;
+  };
+  merges_.reserve(merge_texts_.size());
+  // Merges make new ids in order, so the id after the last one is the first guess.
+  int32_t guess = 0;
+  for (size_t rank = 0; rank < merge_texts_.size(); ++rank) {
+    const MergeText& merge = merge_texts_[rank];
+    const std::string_view left(merge_arena_.data() + merge.start, merge.left_length);
+    const std::string_view right(left.data() + left.size(), merge.right_length);
+    const std::string_view both(left.data(), left.size() + right.size());
+    if (static_cast<size_t>(guess) >= count || names.bytes_of(guess) != both) guess = id_of(both);
+    merges_.set(id_of(left), id_of(right), {static_cast<uint32_t>(rank), guess});
+    ++guess;
+  }
+  spans_.resize(static_cast<size_t>(end_of_text) + 1);
+  spans_.back() = {};
+  named_ = {};
+  merge_texts_ = {};
+  merge_arena_ = {};
+  arena_.shrink_to_fit();
+}
+
+BPETokenizer::BPETokenizer(JsonScanner& json) {
+  bool has_version = false;
+  json.object([&](const std::string& key) {
+    if (key == "model") {
+      read_model(json);
+    } else if (key == "added_tokens") {
+      read_added_tokens(json);
+    } else if (key == "pre_tokenizer") {
+      if (json.next() != '{') damaged("it does not split words as GPT-2 does");
+      read_pre_tokenizer(json);
+    } else if (key == "post_processor") {
+      read_post_processor(json);
+    } else if (key == "normalizer" || key == "truncation" || key == "padding") {
+      if (!json.literal("null")) damaged("its option " + key + " is not supported");
+    } else if (key == "version") {
+      has_version = json.text() == "1.0";
+    } else {
+      // The decoder is not used: bytes are put together as they are.
+      json.skip();
+    }
+  });
+  if (!has_version) damaged("its version is not 1.0");
+  settle();
+}
+
+// Up to this many bytes a word is merged by looking at all pairs each time; a longer one has a
+// heap.
+constexpr size_t kShortWord = 64;
+
+struct BPETokenizer::Scratch {
+  struct Symbol {
+    int32_t id;
+    bool gone;
+    size_t before, after;
+  };
+  struct Candidate {
+    uint32_t rank;
+    int32_t made;
+    size_t at;
+    // The heap gives the lowest rank first, and of equal ones the leftmost.
+    bool operator<(const Candidate& other) const {
+      return rank != other.rank ? rank > other.rank : at > other.at;
+    }
+  };
+  std::vector<Symbol> symbols;
+  std::vector<Candidate> heap;
+};
+
+void BPETokenizer::append_short_word(std::string_view word, std::vector<int32_t>& ids) const {
+  constexpr Merge kNone{UINT32_MAX, -1};
+  int32_t symbols[kShortWord];
+  Merge merges[kShortWord];
+  size_t count = word.size();
+  const auto merge_at = [&](size_t at) {
+    const Merge* const merge = merges_.find(symbols[at], symbols[at + 1]);
+    return merge != nullptr ? *merge : kNone;
+  };
+  for (size_t i = 0; i < count; ++i) symbols[i] = byte_ids_[static_cast<uint8_t>(word[i])];
+  for (size_t i = 0; i + 1 < count; ++i) merges[i] = merge_at(i);
+  while (count > 1) {
+    size_t best = 0;
+    for (size_t i = 1; i + 1 < count; ++i) {
+      if (merges[i].rank < merges[best].rank) best = i;
+    }
+    if (merges[best].made < 0) break;
+    symbols[best] = merges[best].made;
+    --count;
+    for (size_t i = best + 1; i < count; ++i) {
+      symbols[i] = symbols[i + 1];
+      merges[i - 1] = merges[i];
+    }
+    if (best > 0) merges[best - 1] = merge_at(best - 1);
+    if (best + 1 < count) merges[best] = merge_at(best);
+  }
+  ids.insert(ids.end(), symbols, symbols + count);
+}
+
+void BPETokenizer::append_long_word(std::string_view word, Scratch& scratch,
+                                    std::vector<int32_t>& ids) const {
+  constexpr size_t kNowhere = SIZE_MAX;
+  auto& symbols = scratch.symbols;
+  auto& heap = scratch.heap;
+  symbols.clear();
+  heap.clear();
+  for (size_t i = 0; i < word.size(); ++i) {
+    symbols.push_back({byte_ids_[static_cast<uint8_t>(word[i])], false, i - 1,
+                       i + 1 < word.size() ? i + 1 : kNowhere});
+  }
+  const auto candidate_at = [&](size_t at) {
+    const Merge* const merge = merges_.find(symbols[at].id, symbols[symbols[at].after].id);
+    if (merge == nullptr) return false;
+    heap.push_back({merge->rank, merge->made, at});
+    return true;
+  };
+  for (size_t i = 0; i + 1 < word.size(); ++i) candidate_at(i);
+  std::make_heap(heap.begin(), heap.end());
+  while (!heap.empty()) {
+    std::pop_heap(heap.begin(), heap.end());
+    const Scratch::Candidate top = heap.back();
+    heap.pop_back();
+    auto& left = symbols[top.at];
+    if (left.gone || left.after == kNowhere) continue;
+    auto& right = symbols[left.after];
+    // Other merges may have changed the pair since.
+    const Merge* const merge = merges_.find(left.id, right.id);
+    if (merge == nullptr || merge->made != top.made) continue;
+    left.id = top.made;
+    right.gone = true;
+    left.after = right.after;
+    if (left.after != kNowhere) {
+      symbols[left.after].before = top.at;
+      if (candidate_at(top.at)) std::push_heap(heap.begin(), heap.end());
+    }
+    if (left.before != kNowhere && candidate_at(left.before)) {
+      std::push_heap(heap.begin(), heap.end());
+    }
+  }
+  for (size_t i = 0; i != kNowhere; i = symbols[i].after) ids.push_back(symbols[i].id);
+}
+
+std::vector<int32_t> BPETokenizer::encode(std::string_view text) const {
+  if (const size_t good = utf8_valid_prefix(text); good != text.size()) throw_not_utf8(text, good);
+  std::vector<int32_t> ids;
+  ids.reserve(text.size() / 3 + 8);
+  // Words come again: where one stands in the text, and where its ids stand.
+  struct Known {
+    const char* word = nullptr;
+    size_t ids_at = 0;
+    uint32_t length = 0, count = 0;
+  };
+  size_t slots = text.size() < 1024 ? 0 : 256;
+  while (slots > 0 && slots < 16384 && slots < text.size() / 16) slots *= 2;
+  std::vector<Known> known(slots);
+  Scratch scratch;
+  WordCutter cutter(text);
+  for (std::string_view word = cutter.next(); !word.empty(); word = cutter.next()) {
+    if (word.size() == 1) {
+      ids.push_back(byte_ids_[static_cast<uint8_t>(word[0])]);
+      continue;
+    }
+    if (word.size() > kShortWord) {
+      append_long_word(word, scratch, ids);
+      continue;
+    }
+    Known* const seen = slots > 0 ? &known[hash_of(word) & (slots - 1)] : nullptr;
+    if (seen != nullptr && std::string_view(seen->word, seen->length) == word) {
+      const size_t old_size = ids.size();
+      ids.resize(old_size + seen->count);
+      std::copy_n(ids.begin() + static_cast<std::ptrdiff_t>(seen->ids_at), seen->count,
+                  ids.begin() + static_cast<std::ptrdiff_t>(old_size));
+      continue;
+    }
+    const size_t ids_at = ids.size();
+    append_short_word(word, ids);
+    if (seen != nullptr) {
+      *seen = {word.data(), ids_at, static_cast<uint32_t>(word.size()),
+               static_cast<uint32_t>(ids.size() - ids_at)};
+    }
+  }
+  return ids;
+}
+
+}  // namespace
+
+std::unique_ptr<Tokenizer> bpe_tokenizer(JsonScanner& json) {
+  return std::make_unique<BPETokenizer>(json);
+}
+
+}  // namespace nanogpt

@@ -1,0 +1,357 @@
+"""The TorchScript archive: plain ATen operators, so that any libtorch of this version or newer
+runs it, with weights that stay as they are quantized.
+
+    forward(tokens (B, T)) -> (B, T, V)    no cache
+    prefill(tokens (B, T)) -> (B, V)       forgets, then fills the cache
+    decode(tokens (B, 1)) -> (B, V)        one more token of every row
+    reset()                                forgets
+
+The module is frozen with every weight among the preserved attributes, because freezing folds a
+dequantization into float32 constants. Torch's own archive is then written once more by
+`archive.write`: its debug records hold source paths, and the names of its classes count how many
+were scripted before. All of torch.jit stays in this file.
+"""
+
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt.export import archive
+from nanogpt.export.quantize import SCALE, weights_of
+from nanogpt.model import GPT
+
+# What is left out of torch's archive: source paths, and a hash of all that nothing reads.
+_LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$")
+_TURN = re.compile(rb"\.___torch_mangle_\d+")
+
+
+class Norm(nn.Module):
+    """Layer norm over the last dimension."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Linear(nn.Module):
+    """x W^T + b with W in float32 or bfloat16; the product is in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(torch.float32), self.bias)
+
+
+class Int8Linear(nn.Module):
+    """scale * (x W^T) + b with W in int8; the product is in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight.to(torch.float32)) * self.weight_scale
+        return out if self.bias is None else out + self.bias
+
+
+class Table(nn.Module):
+    """An embedding in float32 or bfloat16, and the head that is tied to it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).to(torch.float32)
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(torch.float32))
+
+
+class Int8Table(nn.Module):
+    """An embedding in int8, and the head that is tied to it."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = self.weight_scale[ids].unsqueeze(-1)
+        return F.embedding(ids, self.weight).to(torch.float32) * scale
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(torch.float32)) * self.weight_scale
+
+
+class Attention(nn.Module):
+    """The two maps around attention."""
+
+    def __init__(self, c_attn: nn.Module, c_proj: nn.Module) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = c_attn, c_proj
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with GELU between them."""
+
+    def __init__(self, c_fc: nn.Module, c_proj: nn.Module) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = c_fc, c_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, ln_1: nn.Module, attn: nn.Module, ln_2: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = ln_1, attn, ln_2, mlp
+
+
+class Transformer(nn.Module):
+    """Names as in the state dict."""
+
+    def __init__(self, wte: nn.Module, wpe: nn.Module, h: nn.ModuleList, ln_f: nn.Module) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.h, self.ln_f = wte, wpe, h, ln_f
+
+
+class Exported(nn.Module):
+    """A GPT with its cache inside; see the module's docstring.
+
+    The cache is empty until the first prefill or decode, and takes the batch size of that call.
+    """
+
+    def __init__(self, model: GPT, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        config = model.config
+        self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        self.n_layer, self.n_head, self.width = config.n_layer, config.n_head, config.n_embd
+        self.length = 0
+
+        def linear(name: str) -> nn.Module:
+            weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
+            scale = weights.get(name + ".weight" + SCALE)
+            return Linear(weight, bias) if scale is None else Int8Linear(weight, bias, scale)
+
+        def norm(name: str) -> nn.Module:
+            return Norm(weights[name + ".weight"], weights.get(name + ".bias"))
+
+        def table(name: str) -> nn.Module:
+            weight, scale = weights[name + ".weight"], weights.get(name + ".weight" + SCALE)
+            return Table(weight) if scale is None else Int8Table(weight, scale)
+
+        blocks = []
+        for layer in range(config.n_layer):
+            at = f"transformer.h.{layer}"
+            attention = Attention(linear(f"{at}.attn.c_attn"), linear(f"{at}.attn.c_proj"))
+            mlp = FeedForward(linear(f"{at}.mlp.c_fc"), linear(f"{at}.mlp.c_proj"))
+            blocks.append(Block(norm(f"{at}.ln_1"), attention, norm(f"{at}.ln_2"), mlp))
+        self.transformer = Transformer(
+            table("transformer.wte"),
+            table("transformer.wpe"),
+            nn.ModuleList(blocks),
+            norm("transformer.ln_f"),
+        )
+        head_width = config.n_embd // config.n_head
+        empty = torch.zeros(config.n_layer, 0, config.n_head, config.block_size, head_width)
+        self.register_buffer("keys", empty)  # (L, B, H, block, D)
+        self.register_buffer("values", empty.clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self._check(tokens, 0)
+        return self.transformer.wte.head(self._hidden(tokens, False))
+
+    @torch.jit.export
+    def prefill(self, tokens: Tensor) -> Tensor:
+        self._check(tokens, 0)
+        self.length = 0
+        return self.transformer.wte.head(self._hidden(tokens, True)[:, -1])
+
+    @torch.jit.export
+    def decode(self, tokens: Tensor) -> Tensor:
+        self._check(tokens, self.length)
+        if tokens.size(1) != 1:
+            raise ValueError(f"decode takes one token a row, not {tokens.size(1)}")
+        if self.length > 0 and tokens.size(0) != self.keys.size(1):
+            raise ValueError(
+                f"decode takes the {self.keys.size(1)} rows of the last prefill, "
+                f"not {tokens.size(0)}"
+            )
+        return self.transformer.wte.head(self._hidden(tokens, True)[:, -1])
+
+    @torch.jit.export
+    def reset(self) -> None:
+        self.length = 0
+
+    def _check(self, tokens: Tensor, start: int) -> None:
+        if tokens.dim() != 2 or tokens.size(0) < 1 or tokens.size(1) < 1:
+            raise ValueError("tokens must be (B, T) with at least one row and one token")
+        if start + tokens.size(1) > self.block_size:
+            raise ValueError(
+                f"{start + tokens.size(1)} tokens do not fit the context of {self.block_size}: "
+                "call prefill with the newest part of the text"
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+            raise ValueError(f"a token is outside the vocabulary of {self.vocab_size}")
+
+    def _hidden(self, tokens: Tensor, cached: bool) -> Tensor:
+        batch, count = tokens.size(0), tokens.size(1)
+        heads, head_width = self.n_head, self.width // self.n_head
+        start = self.length if cached else 0
+        end = start + count
+        if cached and start == 0 and self.keys.size(1) != batch:
+            shape = [self.n_layer, batch, heads, self.block_size, head_width]
+            self.keys = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
+            self.values = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
+        positions = torch.arange(start, end, device=tokens.device)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            qkv = block.attn.c_attn(block.ln_1(x))  # (B, T, 3C)
+            qkv = qkv.view(batch, count, 3, heads, head_width).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv[0], qkv[1], qkv[2]  # (B, H, T, D)
+            if cached:
+                self.keys[layer, :, :, start:end] = k
+                self.values[layer, :, :, start:end] = v
+                k = self.keys[layer, :, :, :end]  # (B, H, S, D)
+                v = self.values[layer, :, :, :end]
+            # Several tokens come only to an empty cache, where the square mask is right.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1)  # (B, H, T, D)
+            x = x + block.attn.c_proj(y.transpose(1, 2).reshape(batch, count, self.width))
+            x = x + block.mlp(block.ln_2(x))
+        if cached:
+            self.length = end
+        return self.transformer.ln_f(x)
+
+
+def write(model: GPT, quantize: str, file: IO[bytes]) -> None:
+    """Write the archive with its index and comment. Equal models give equal bytes.
+
+    Args:
+        model: on any device; it is not changed.
+        quantize: one of quantize.QUANTIZATIONS.
+        file: open for writing, at its beginning.
+    Raises: InputError where a weight is not finite.
+    """
+    weights = weights_of(model, quantize)
+    members = _canonical(_scripted_archive(model, weights))
+    homes = _record_of_each_tensor(members["data.pkl"])
+    entries, records, payloads = {}, {}, []
+    for name, weight in weights.items():
+        home = homes[name]
+        assert home not in records, f"{name} shares the record {home}"
+        records[home] = name
+        entries[name] = archive.index_entry(home, weight)
+        payloads.append(archive.Record(home, archive.payload_of(weight), indexed=True))
+        assert bytes(payloads[-1].payload) == members[home], f"torch changed {name}"
+    index = archive.describe(model.describe(), quantize, entries)
+    rest = [archive.Record(name, raw) for name, raw in members.items() if name not in records]
+    archive.write(file, [archive.Record(archive.INDEX, index), *rest, *payloads])
+
+
+def load(path: Any) -> Any:
+    """The module as torch reads it back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+        return torch.jit.load(path, map_location="cpu")
+
+
+def _scripted_archive(model: GPT, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The members of torch's own archive, without its top folder."""
+    module = Exported(model, weights).eval()
+    kept = [name for name, _ in module.named_buffers()]
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # TorchScript is deprecated and here to stay through the versions that are supported.
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+        scripted = torch.jit.script(module)
+        frozen = torch.jit.freeze(scripted, preserved_attrs=["prefill", "decode", "reset", *kept])
+        torch.jit.save(frozen, buffer)
+    with zipfile.ZipFile(buffer) as opened:
+        members = {name.partition("/")[2]: opened.read(name) for name in opened.namelist()}
+    return {name: raw for name, raw in members.items() if not _LEFT_OUT.search(name)}
+
+
+def _canonical(members: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same archive whatever was scripted before in this process.
+
+    Torch numbers classes that were scripted a second time, and gives each number its own file.
+    The numbers go, and the classes of one module come into one file, in the order of their names.
+    """
+    out: dict[str, bytes] = {}
+    code: dict[str, list[bytes]] = {}
+    for name, raw in members.items():
+        if name.startswith("code/"):
+            home = re.sub(r"/___torch_mangle_\d+\.py$", ".py", name)
+            classes = re.split(rb"^(?=class )", _TURN.sub(b"", raw), flags=re.M)
+            code.setdefault(home, []).extend(part for part in classes if part.strip())
+        else:
+            # Class names in the pickle end at a newline; no length stands before them.
+            out[name] = _TURN.sub(b"", raw) if name == "data.pkl" else raw
+    for name, classes in code.items():
+        heads = [part.partition(b"(")[0] for part in classes]
+        assert len(heads) == len(set(heads)), f"two classes of one name in {name}: {heads}"
+        assert all(head.startswith(b"class ") for head in heads), f"{name} holds more than classes"
+        out[name] = b"".join(sorted(part.rstrip() + b"\n" for part in classes))
+    return {name: out[name] for name in sorted(out)}
+
+
+class _Object:
+    """Stands for a module of the archive while its pickle is read."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class _Structure(pickle.Unpickler):
+    """Reads which record each tensor of a TorchScript archive lies in, and runs no code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Object
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, *_: storage
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in an archive")
+
+    def persistent_load(self, reference: Any) -> str:
+        return f"data/{reference[2]}"
+
+
+def _record_of_each_tensor(pickled: bytes) -> dict[str, str]:
+    """Tensor names to records, by the pickle that holds the module's attributes."""
+    out = {}
+
+    def walk(prefix: str, module: _Object) -> None:
+        for name, value in module.state.items():
+            if isinstance(value, _Object):
+                walk(f"{prefix}{name}.", value)
+            elif isinstance(value, str):
+                # Quantized weights have their scales beside them, under a name Python allows.
+                out[prefix + re.sub("_scale$", SCALE, name)] = value
+
+    walk("", _Structure(io.BytesIO(pickled)).load())
+    return out
