@@ -75,22 +75,21 @@ std::vector<int32_t> ids_of(const py::handle& object, int64_t vocab_size) {
   return ids;
 }
 
-// UTF-8 of a str, or the bytes as they are. Half characters pass, for the tokenizer to refuse.
+// UTF-8 of a str, or the bytes as they are.
 std::string utf8_of(const py::handle& text) {
-  char* data = nullptr;
+  if (PyBytes_Check(text.ptr())) return py::reinterpret_borrow<py::bytes>(text);
+  if (!PyUnicode_Check(text.ptr())) throw py::type_error("text must be a str or bytes");
   Py_ssize_t size = 0;
-  py::object owner;
-  if (PyBytes_Check(text.ptr())) {
-    owner = py::reinterpret_borrow<py::object>(text);
-  } else if (PyUnicode_Check(text.ptr())) {
-    owner = py::reinterpret_steal<py::object>(
-        PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
-    if (!owner) throw py::error_already_set();
-  } else {
-    throw py::type_error("text must be a str or bytes");
-  }
-  if (PyBytes_AsStringAndSize(owner.ptr(), &data, &size) != 0) throw py::error_already_set();
-  return std::string(data, static_cast<size_t>(size));
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
+  py::error_already_set error;
+  if (!error.matches(PyExc_UnicodeEncodeError)) throw error;
+  // Half of a character, which no vocabulary has.
+  const py::object at = error.value().attr("start");
+  const py::object type = py::module_::import("nanogpt.tokenizer").attr("UnknownCharacterError");
+  const py::object unknown = type(text[at], at);
+  PyErr_SetObject(type.ptr(), unknown.ptr());
+  throw py::error_already_set();
 }
 
 Filters filters_of(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
