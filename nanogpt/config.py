@@ -292,7 +292,9 @@ class TrainConfig:
 class SampleConfig:
     """Write text from a trained model."""
 
-    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    model: str = option(
+        "gpt.pth", "the model file: .pth, .safetensors, or .pt of export", metavar="PATH"
+    )
     prompt: str | None = option(
         None, "text to continue", auto="start a new document", metavar="TEXT"
     )
@@ -338,14 +340,17 @@ class SampleConfig:
     )
 
     engine: str = option(
-        "auto", "what computes", group="machine", choices=("auto", "torch", "native")
+        "auto",
+        "what computes; auto is native on a CPU where it is built",
+        group="machine",
+        choices=("auto", "torch", "native"),
     )
     device: str = option("auto", DEVICE_HELP, group="machine")
     kernels: str = option(
         "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
     )
     threads: int | None = option(
-        None, "CPU threads", group="machine", minimum=1, auto="one per core"
+        None, "CPU threads", group="machine", minimum=1, auto="one per core; native measures"
     )
 
 

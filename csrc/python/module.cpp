@@ -75,27 +75,21 @@ std::vector<int32_t> ids_of(const py::handle& object, int64_t vocab_size) {
   return ids;
 }
 
-// UTF-8 of a str, or the bytes as they are. Half characters pass, for the tokenizer to refuse.
+// UTF-8 of a str, or the bytes as they are.
 std::string utf8_of(const py::handle& text) {
-  char* data = nullptr;
+  if (PyBytes_Check(text.ptr())) return py::reinterpret_borrow<py::bytes>(text);
+  if (!PyUnicode_Check(text.ptr())) throw py::type_error("text must be a str or bytes");
   Py_ssize_t size = 0;
-  py::object owner;
-  if (PyBytes_Check(text.ptr())) {
-    owner = py::reinterpret_borrow<py::object>(text);
-  } else if (PyUnicode_Check(text.ptr())) {
-    owner = py::reinterpret_steal<py::object>(
-        PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
-    if (!owner) throw py::error_already_set();
-  } else {
-    throw py::type_error("text must be a str or bytes");
-  }
-  if (PyBytes_AsStringAndSize(owner.ptr(), &data, &size) != 0) throw py::error_already_set();
-  return std::string(data, static_cast<size_t>(size));
-}
-
-// A C++ object with the JSON text that it was made from.
-std::shared_ptr<Tokenizer> tokenizer_of(const std::string& json) {
-  return json.empty() ? nullptr : std::shared_ptr<Tokenizer>(Tokenizer::from_json(json));
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
+  py::error_already_set error;
+  if (!error.matches(PyExc_UnicodeEncodeError)) throw error;
+  // Half of a character, which no vocabulary has.
+  const py::object at = error.value().attr("start");
+  const py::object type = py::module_::import("nanogpt.tokenizer").attr("UnknownCharacterError");
+  const py::object unknown = type(text[at], at);
+  PyErr_SetObject(type.ptr(), unknown.ptr());
+  throw py::error_already_set();
 }
 
 Filters filters_of(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
@@ -217,7 +211,19 @@ class Engine {
   const std::string& quantization() const { return quantization_; }
   std::optional<double> calibration() const { return calibration_; }
   const std::string& tokenizer_json() const { return tokenizer_json_; }
-  std::shared_ptr<Tokenizer> tokenizer() const { return tokenizer_; }
+
+  // Made when it is first asked for: a large vocabulary takes longer to read than the model.
+  std::shared_ptr<Tokenizer> tokenizer() {
+    if (!tokenizer_ && !tokenizer_json_.empty()) {
+      std::shared_ptr<Tokenizer> made = Tokenizer::from_json(tokenizer_json_);
+      if (made->vocab_size() != config().vocab_size) {
+        throw InputError("the tokenizer has " + std::to_string(made->vocab_size()) +
+                         " ids, the model " + std::to_string(config().vocab_size));
+      }
+      tokenizer_ = std::move(made);
+    }
+    return tokenizer_;
+  }
 
   int64_t length() {
     const auto turn = take_turn();
@@ -294,11 +300,6 @@ class Engine {
   void start(int threads) {
     nanogpt::check(weights_);
     decoder_ = std::make_unique<Decoder>(weights_, threads);
-    tokenizer_ = tokenizer_of(tokenizer_json_);
-    if (tokenizer_ && tokenizer_->vocab_size() != config().vocab_size) {
-      throw InputError("the tokenizer has " + std::to_string(tokenizer_->vocab_size()) +
-                       " ids, the model " + std::to_string(config().vocab_size));
-    }
   }
 
   // The context is begun anew, so that an unfinished stream cannot go on.
@@ -406,6 +407,30 @@ std::shared_ptr<TokenStream> stream_of(std::shared_ptr<Engine> engine, const py:
   options.probabilities = probabilities;
   auto prompt = engine->some_ids(tokens);
   return std::make_shared<TokenStream>(std::move(engine), std::move(prompt), options);
+}
+
+// What a decoder takes here; asked of one for the smallest model.
+std::string instruction_set() {
+  const std::vector<float> zeros(64, 0.0F);
+  Weights weights;
+  weights.config = Config{1, 1, 1, 1, 4, false};
+  const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
+    size_t elements = 1;
+    for (const int64_t size : shape) elements *= static_cast<size_t>(size);
+    weights.tensors[name] =
+        nanogpt::Tensor{DType::f32, std::move(shape), zeros.data(), elements * sizeof(float)};
+  };
+  const std::string layer = "transformer.h.0.";
+  add("transformer.wte.weight", {1, 4});
+  add("transformer.wpe.weight", {1, 4});
+  add(layer + "ln_1.weight", {4});
+  add(layer + "attn.c_attn.weight", {12, 4});
+  add(layer + "attn.c_proj.weight", {4, 4});
+  add(layer + "ln_2.weight", {4});
+  add(layer + "mlp.c_fc.weight", {16, 4});
+  add(layer + "mlp.c_proj.weight", {4, 16});
+  add("transformer.ln_f.weight", {4});
+  return Decoder(weights, 1).instruction_set();
 }
 
 // Python's exceptions of the same meaning, made where they are first needed.
@@ -621,6 +646,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The native engine; see nanogpt.native, which is its door.";
   module.attr("__version__") = NANOGPT_VERSION;
   py::register_exception_translator(&translate);
+  module.def("instruction_set", &instruction_set,
+             "What this processor is used with; NANOGPT_ISA forces one.");
   bind_engine(module);
   bind_text(module);
   bind_sampling(module);
