@@ -30,7 +30,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz\n ."
 
 @pytest.fixture(scope="session")
 def binary():
-    """The installed binary, or else the one of CMake's folder."""
+    """The binary beside Python, or else the one of CMake's folder."""
     places = [Path(sys.executable).with_name(NAME), ROOT / "build" / "native" / NAME]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -59,12 +59,14 @@ def export(model, path, quantize="none"):
 
 
 def random_model(tokenizer, **shape):
-    """Random weights with logits that are far apart, so that texts are not all alike."""
+    """Random weights, large enough that texts are neither all alike nor noise."""
     torch.manual_seed(3)
     sizes = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, **shape}
     model = GPT(vocab_size=tokenizer.vocab_size, **sizes)
     with torch.no_grad():
-        model.transformer["wte"].weight.mul_(15)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10 if "wte" in name else 20)
     model.tokenizer = tokenizer
     return model.eval()
 
@@ -94,6 +96,8 @@ def writer_path(tmp_path_factory):
     ids = torch.tensor(tokenizer.encode(WRITTEN * 4))
     period = len(WRITTEN.encode())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more, steps this small wait for each other
     for step in range(150):
         starts = torch.arange(8) * 5 + step
         windows = torch.stack([ids[s % period : s % period + 49] for s in starts.tolist()])
@@ -101,6 +105,7 @@ def writer_path(tmp_path_factory):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     return export(model.eval(), tmp_path_factory.mktemp("writer") / "writer.pt")
 
 
@@ -113,6 +118,17 @@ def generate(binary):
         return subprocess.run(
             [binary, *map(str, arguments)], capture_output=True, encoding="utf-8", **options
         )
+
+    return run
+
+
+@pytest.fixture
+def sample(nanogpt, folder):
+    """The Python command on the same model, computed by torch."""
+
+    def run(*arguments):
+        model = ("--model", folder / "char.safetensors", "--engine", "torch", "--device", "cpu")
+        return nanogpt("sample", *model, *arguments)
 
     return run
 
@@ -275,10 +291,8 @@ def test_a_model_without_a_tokenizer_can_be_measured_but_not_write(refusal, gene
     assert generate(path, "--bench", "-r", 1).returncode == 0
 
 
-def test_a_character_that_the_vocabulary_lacks_is_named_as_sample_names_it(
-    refusal, nanogpt, folder
-):
-    there = nanogpt("sample", "--model", folder / "char.safetensors", "--prompt", "abcé")
+def test_a_character_that_the_vocabulary_lacks_is_named_as_sample_names_it(refusal, sample, folder):
+    there = sample("--prompt", "abcé")
     here = refusal(3, folder / "char.pt", "--prompt", "abcé")
     assert here == there.err.removeprefix("nanogpt sample: ").rstrip("\n")
     assert "'é' (U+00E9) at position 3" in here
@@ -314,11 +328,11 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(map(str, s)) or "plain")
 def test_the_text_is_sample_s_for_the_same_seed_beyond_the_context(
-    generate, nanogpt, folder, settings
+    generate, sample, folder, settings
 ):
     for seed in (1, 2**64 - 1):
         arguments = ("--prompt", "abc", "--max-new-tokens", 120, "--seed", seed, *settings)
-        there = nanogpt("sample", "--model", folder / "char.safetensors", *arguments)
+        there = sample(*arguments)
         here = generate(folder / "char.pt", *arguments)
         assert here.returncode == 0, here.stderr
         assert here.stdout == there.out
@@ -345,9 +359,9 @@ def test_quantized_weights_write_the_text_of_what_they_stand_for(
     assert outcome.stdout == tokenizer.decode(tokens[0].tolist()) + "\n"
 
 
-def test_json_holds_what_sample_s_holds_and_the_timings(generate, nanogpt, folder):
+def test_json_holds_what_sample_s_holds_and_the_timings(generate, sample, folder):
     arguments = ("--prompt", "abc", "--max-new-tokens", 30, "--seed", 5, "--json")
-    there = json.loads(nanogpt("sample", "--model", folder / "char.safetensors", *arguments).out)
+    there = json.loads(sample(*arguments).out)
     outcome = generate(folder / "char.pt", *arguments)
     assert outcome.stderr == ""
     assert outcome.stdout.count("\n") == 1
@@ -447,13 +461,13 @@ def test_the_end_of_text_token_ends_the_text_where_it_is_obeyed(generate, tmp_pa
     assert min(lengths) < 50, "no text ended: the test has shown nothing"
 
 
-def test_a_stop_text_ends_the_text_and_is_left_out(generate, nanogpt, folder):
+def test_a_stop_text_ends_the_text_and_is_left_out(generate, sample, folder):
     common = ("--prompt", "a", "--max-new-tokens", 100, "--seed", 2)
     free = generate(folder / "char.pt", *common).stdout[1:-1]
     for stop in (free[30:32], free[7], free[60:70]):
         here = generate(folder / "char.pt", *common, "--stop", stop)
         assert here.stdout == "a" + free[: free.index(stop)] + "\n"
-        there = nanogpt("sample", "--model", folder / "char.safetensors", *common, f"--stop={stop}")
+        there = sample(*common, f"--stop={stop}")
         assert here.stdout == there.out
 
 
@@ -692,11 +706,8 @@ def test_bench_measures_prompts_and_writing_over_repetitions(generate, folder, t
         assert test["median"] == pytest.approx(statistics.median(rates))
     table = generate(path, "--bench", "--repetitions=1").stdout.splitlines()
     assert len({len(line) for line in table}) == 1, "columns stand below each other"
-    assert [row.split("|")[7].strip() for row in table] == [
-        "test",
-        "-" * 4,
-        *(["pp64", "pp96", "tg96"]),
-    ]
+    tests = [row.split("|")[7].strip() for row in table]
+    assert (tests[0], set(tests[1]), tests[2:]) == ("test", {"-"}, ["pp64", "pp96", "tg96"])
     assert re.search(r"[\d.]+ ± 0\.00", table[2])
 
 
@@ -782,10 +793,11 @@ def test_a_plug_in_that_does_not_fit_is_refused_in_words(
     assert words in refusal(2, folder / "char.pt", "--engine", "torchscript", env=named)
 
 
-@pytest.mark.parametrize("quantize", ["", "-bf16", "-int8"])
+@pytest.mark.parametrize(("quantize", "tolerance"), [("", 1e-3), ("-bf16", 0.05), ("-int8", 0.01)])
 def test_torchscript_writes_what_the_native_engine_writes_beyond_the_context(
-    generate, folder, plugin, quantize
+    generate, folder, plugin, quantize, tolerance
 ):
+    # Where the CPU multiplies bfloat16, the native engine rounds what it multiplies too.
     common = (folder / f"char{quantize}.pt", "--prompt", "abc", "--max-new-tokens", 60,
               "--temperature", 0, "--json")  # fmt: skip
     native = json.loads(generate(*common).stdout)
@@ -794,7 +806,7 @@ def test_torchscript_writes_what_the_native_engine_writes_beyond_the_context(
     assert outcome.returncode == 0, outcome.stderr
     scripted = json.loads(outcome.stdout)
     assert scripted["tokens"] == native["tokens"]
-    assert scripted["token_probs"] == pytest.approx(native["token_probs"], rel=1e-3)
+    assert scripted["token_probs"] == pytest.approx(native["token_probs"], rel=tolerance)
 
 
 def test_torchscript_can_be_measured(generate, folder, plugin):
