@@ -59,17 +59,22 @@ class Buffer {
 
 // What one thread works with.
 struct Scratch {
-  Scratch(int64_t widest, int64_t keys)
-      : normed(widest),
-        split(widest),
-        ints(widest),
-        scores(keys * kLanes),
-        gemm(gemm_scratch(widest)),
+  explicit Scratch(const Config& c)
+      : normed(4 * c.n_embd),
+        split(4 * c.n_embd),
+        ints(4 * c.n_embd),
+        scores(c.block_size * kLanes),
+        row(c.head_width()),
+        wide_keys(c.block_size * c.head_width()),
+        wide_values(c.block_size * c.head_width()),
+        gemm(gemm_scratch(4 * c.n_embd)),
         rows(kRowBlock * kBlock) {}
   Buffer<float> normed;
   Buffer<float> split;
   Buffer<int16_t> ints;
   Buffer<float> scores;
+  Buffer<float> row;
+  Buffer<float> wide_keys, wide_values;
   Buffer<char> gemm;
   Buffer<float> rows;
 };
@@ -129,12 +134,22 @@ struct Decoder::State {
   void panels_of(const float* in, DType dtype, int64_t in_rows, float* out, int64_t out_rows,
                  Panel* panels) const;
 
-  float* keys(int64_t layer, int64_t head) const {
-    return keys_.get() + (layer * config.n_head + head) * config.block_size * config.head_width();
+  // (block, D) of one head, float32 or bfloat16.
+  template <typename T>
+  T* keys(size_t layer, int64_t head) const {
+    return reinterpret_cast<T*>(keys_.get()) + head_offset(layer, head);
   }
-  float* values(int64_t layer, int64_t head) const {
-    return values_.get() + (layer * config.n_head + head) * config.block_size * config.head_width();
+  template <typename T>
+  T* values(size_t layer, int64_t head) const {
+    return reinterpret_cast<T*>(values_.get()) + head_offset(layer, head);
   }
+  int64_t head_offset(size_t layer, int64_t head) const {
+    return (static_cast<int64_t>(layer) * config.n_head + head) * config.block_size *
+           config.head_width();
+  }
+  void attend_one(size_t layer, int64_t head, const Operand& normed, Scratch& scratch);
+  void store_key_value(size_t layer, int64_t head, int64_t row, const float* key,
+                       const float* value, int64_t stride, float* line) const;
 
   int threads_for_step();
   void took(double seconds);
@@ -147,7 +162,10 @@ struct Decoder::State {
   Matrix positions_matrix;  // wpe
   int64_t length = 0;
 
-  Buffer<float> keys_, values_;  // (L, H, block, D)
+  // Models with float32 weights keep keys and values in float32, the others in bfloat16: half the
+  // bytes, at the precision of the weights or better.
+  bool narrow_cache;
+  Buffer<char> keys_, values_;  // (L, H, block, D)
   Buffer<float> x, query, mixed, hidden, logits;
 
   // Of a prompt's block.
@@ -190,8 +208,9 @@ struct Decoder::State {
 Decoder::State::State(const Weights& weights, int threads)
     : config(weights.config),
       kernels(choose_kernels()),
-      keys_(config.n_layer * config.block_size * config.n_embd),
-      values_(config.n_layer * config.block_size * config.n_embd),
+      narrow_cache(weights.tensors.at("transformer.wte.weight").dtype != DType::f32),
+      keys_(config.n_layer * config.block_size * config.n_embd * (narrow_cache ? 2 : 4)),
+      values_(config.n_layer * config.block_size * config.n_embd * (narrow_cache ? 2 : 4)),
       x(config.n_embd),
       query(config.n_embd),
       mixed(config.n_embd),
@@ -231,7 +250,7 @@ Decoder::State::State(const Weights& weights, int threads)
   if (threads < 0) throw UsageError("threads must be at least 0, not " + std::to_string(threads));
   const int most = threads > 0 ? threads : usable_cpus();
   pool = std::make_unique<ThreadPool>(most);
-  for (int i = 0; i < most; ++i) scratches.emplace_back(4 * config.n_embd, config.block_size);
+  for (int i = 0; i < most; ++i) scratches.emplace_back(config);
   chosen = most;
   if (threads == 0) {
     for (int n = most; n > 1; n /= 2) candidates.push_back(n);
@@ -290,31 +309,51 @@ void Decoder::State::multiply(const Matrix& m, int64_t first, int64_t rows, cons
   }
 }
 
+// Query, key and value of one head, and what it sees: (D) of `mixed`.
+void Decoder::State::attend_one(size_t l, int64_t head, const Operand& normed, Scratch& scratch) {
+  const Matrix& qkv = layers[l].qkv;
+  const int64_t c = config.n_embd, d = config.head_width(), at = head * d, seen = length + 1;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  float* q = query.get() + at;
+  float* scores = scratch.scores.get();
+  float* out = mixed.get() + at;
+  multiply(qkv, at, d, normed, q, Store::plain);
+  if (narrow_cache) {
+    float* row = scratch.row.get();
+    uint16_t* k = keys<uint16_t>(l, head);
+    uint16_t* v = values<uint16_t>(l, head);
+    multiply(qkv, c + at, d, normed, row, Store::plain);
+    kernels.to_bf16(row, d, k + length * d);
+    multiply(qkv, 2 * c + at, d, normed, row, Store::plain);
+    kernels.to_bf16(row, d, v + length * d);
+    kernels.split_bf16(q, d, row);
+    kernels.matvec_bf16(k, seen, d, row, nullptr, scores, Store::plain);
+    kernels.softmax(scores, seen, scale);
+    kernels.weighted_sum_bf16(v, seen, d, scores, out);
+  } else {
+    float* k = keys<float>(l, head);
+    float* v = values<float>(l, head);
+    multiply(qkv, c + at, d, normed, k + length * d, Store::plain);
+    multiply(qkv, 2 * c + at, d, normed, v + length * d, Store::plain);
+    kernels.matvec_f32(k, seen, d, q, nullptr, scores, Store::plain);
+    kernels.softmax(scores, seen, scale);
+    kernels.weighted_sum(v, seen, d, scores, out);
+  }
+}
+
 // Four barriers a layer: what a head reads of its query, key and value it has computed itself, and
 // every thread norms the whole vector for itself.
 void Decoder::State::step(int thread, int threads) {
   Scratch& scratch = scratches[static_cast<size_t>(thread)];
-  const int64_t c = config.n_embd, d = config.head_width(), heads = config.n_head;
+  const int64_t c = config.n_embd, heads = config.n_head;
   const int64_t first_head = heads * thread / threads;
   const int64_t end_head = heads * (thread + 1) / threads;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   float* normed = scratch.normed.get();
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
     kernels.layer_norm(x.get(), c, layer.ln_1.weight, layer.ln_1.bias, normed);
     Operand operand = prepare(layer.qkv.dtype, normed, c, scratch);
-    for (int64_t h = first_head; h < end_head; ++h) {
-      float* k = keys(static_cast<int64_t>(l), h);
-      float* v = values(static_cast<int64_t>(l), h);
-      float* q = query.get() + h * d;
-      multiply(layer.qkv, h * d, d, operand, q, Store::plain);
-      multiply(layer.qkv, c + h * d, d, operand, k + length * d, Store::plain);
-      multiply(layer.qkv, 2 * c + h * d, d, operand, v + length * d, Store::plain);
-      float* scores = scratch.scores.get();
-      kernels.matvec_f32(k, length + 1, d, q, nullptr, scores, Store::plain);
-      kernels.softmax(scores, length + 1, scale);
-      kernels.weighted_sum(v, length + 1, d, scores, mixed.get() + h * d);
-    }
+    for (int64_t h = first_head; h < end_head; ++h) attend_one(l, h, operand, scratch);
     pool->barrier();
 
     int64_t first = first_row(c, thread, threads), end = first_row(c, thread + 1, threads);
@@ -393,6 +432,19 @@ void Decoder::State::panels_of(const float* in, DType dtype, int64_t in_rows, fl
   }
 }
 
+// Key and value of one head and token, whose features are `stride` apart, to row `row` / D.
+void Decoder::State::store_key_value(size_t l, int64_t head, int64_t row, const float* key,
+                                     const float* value, int64_t stride, float* line) const {
+  const int64_t d = config.head_width();
+  const auto store = [&](const float* from, float* wide, uint16_t* narrow) {
+    float* to = narrow_cache ? line : wide;
+    for (int64_t i = 0; i < d; ++i) to[i] = from[i * stride];
+    if (narrow_cache) kernels.to_bf16(line, d, narrow);
+  };
+  store(key, keys<float>(l, head) + row, keys<uint16_t>(l, head) + row);
+  store(value, values<float>(l, head) + row, values<uint16_t>(l, head) + row);
+}
+
 void Decoder::State::block(int thread, int threads) {
   Scratch& scratch = scratches[static_cast<size_t>(thread)];
   PromptBuffers& b = *prompt;
@@ -448,26 +500,30 @@ void Decoder::State::block(int thread, int threads) {
     share(groups, [&](int64_t group) { norm(layer.ln_1, layer.qkv.dtype, group); });
     product(layer.qkv, b.y.get(), b.qkv.get(), Store::plain);
     share(heads, [&](int64_t h) {
-      float* k = keys(static_cast<int64_t>(l), h);
-      float* v = values(static_cast<int64_t>(l), h);
       for (int p = 0; p < n_panels; ++p) {
         const float* qkv = b.qkv.get() + offsets[p] * 3 * c;
         const int64_t w = widths[p];
         const int64_t real = std::min<int64_t>(w, block_count - offsets[p]);
         for (int64_t t = 0; t < real; ++t) {
-          float* key = k + (length + offsets[p] + t) * d;
-          float* value = v + (length + offsets[p] + t) * d;
-          for (int64_t i = 0; i < d; ++i) {
-            key[i] = qkv[(c + h * d + i) * w + t];
-            value[i] = qkv[(2 * c + h * d + i) * w + t];
-          }
+          const int64_t row = (length + offsets[p] + t) * d;
+          store_key_value(l, h, row, qkv + (c + h * d) * w + t, qkv + (2 * c + h * d) * w + t, w,
+                          scratch.row.get());
         }
+      }
+      const int64_t seen = length + block_count;
+      const float* k = keys<float>(l, h);
+      const float* v = values<float>(l, h);
+      if (narrow_cache) {
+        kernels.from_bf16(keys<uint16_t>(l, h), seen * d, scratch.wide_keys.get());
+        kernels.from_bf16(values<uint16_t>(l, h), seen * d, scratch.wide_values.get());
+        k = scratch.wide_keys.get();
+        v = scratch.wide_values.get();
       }
       for (int64_t group = 0; group < groups; ++group) {
         const float* q = at_group(b.qkv.get(), 3 * c, group) + h * d * width_of(group);
         float* out = at_group(b.y.get(), c, group) + h * d * width_of(group);
-        kernels.attend(q, width_of(group), k, v, length + group * kLanes, length + block_count, d,
-                       scale, scratch.scores.get(), out);
+        kernels.attend(q, width_of(group), k, v, length + group * kLanes, seen, d, scale,
+                       scratch.scores.get(), out);
       }
     });
     const auto pack_groups = [&](DType dtype, int64_t n, const float* from) {

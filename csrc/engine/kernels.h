@@ -54,6 +54,11 @@ struct Kernels {
   void (*softmax)(float* x, int64_t n, float scale);
   // out[c] = sum_r p[r] v[r, c].
   void (*weighted_sum)(const float* v, int64_t rows, int64_t cols, const float* p, float* out);
+  void (*weighted_sum_bf16)(const uint16_t* v, int64_t rows, int64_t cols, const float* p,
+                            float* out);
+  // To the nearest bfloat16, ties to even, and back.
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  void (*from_bf16)(const uint16_t* x, int64_t n, float* out);
 
   // Rows first .. first + rows - 1 of a matrix (w points at row `first`) times every panel.
   // `scratch` holds gemm_scratch(cols) bytes, 64-byte aligned.
@@ -92,8 +97,9 @@ extern const Kernels kAvx512Bf16Kernels;  // and BF16
 extern const Kernels kNeonKernels;
 #endif
 
-// The best set that this CPU runs, or the one named by NANOGPT_ISA (scalar, avx2, avx512,
-// avx512_bf16, neon). Throws UsageError where that is unknown or does not run here.
+// The fastest set that this CPU runs (products of bfloat16 pairs are timed, once a process), or the
+// one named by NANOGPT_ISA (scalar, avx2, avx512, avx512_bf16, neon). Throws UsageError where that
+// is unknown or does not run here.
 const Kernels& choose_kernels();
 
 }  // namespace nanogpt

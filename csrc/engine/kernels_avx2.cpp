@@ -69,6 +69,10 @@ struct Isa {
         reinterpret_cast<__m128i*>(p),
         _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
   }
+  static I int_pairs(F first, F second) {
+    const I low = _mm256_and_si256(_mm256_cvtps_epi32(first), _mm256_set1_epi32(0xffff));
+    return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_cvtps_epi32(second), 16));
+  }
 
   static I load_bits(const uint16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

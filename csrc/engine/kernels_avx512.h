@@ -54,6 +54,24 @@ struct Isa {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
   }
+  static I int_pairs(F first, F second) {
+    const I low = _mm512_and_si512(_mm512_cvtps_epi32(first), _mm512_set1_epi32(0xffff));
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtps_epi32(second), 16));
+  }
+#if defined(NANOGPT_BF16_DOT)
+  // Adds half of the last place that is kept, and the kept bit itself where that is a tie. The NaN
+  // that arithmetic makes stays one.
+  static I rounded_bf16(F x) {
+    const I bits = _mm512_castps_si512(x);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+  static I bf16_pairs(F first, F second) {
+    const I high =
+        _mm512_and_si512(rounded_bf16(second), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return _mm512_or_si512(high, _mm512_srli_epi32(rounded_bf16(first), 16));
+  }
+#endif
 
   static I load_bits(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static F even_bf16(I pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }

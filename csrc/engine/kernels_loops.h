@@ -25,6 +25,11 @@ using I = Isa::I;
 constexpr int W = Isa::W;
 constexpr int kVectors = kLanes / W;  // of one group of tokens
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 inline float from_bf16(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float out;
@@ -33,7 +38,7 @@ inline float from_bf16(uint16_t value) {
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-[[maybe_unused]] inline uint16_t to_bf16(float value) {
+inline uint16_t to_bf16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
@@ -335,6 +340,50 @@ void weighted_sum(const float* v, int64_t rows, int64_t cols, const float* p, fl
   }
 }
 
+// The columns in the order of the file: a load of pairs gives even and odd ones apart.
+void weighted_sum_bf16(const uint16_t* v, int64_t rows, int64_t cols, const float* p, float* out) {
+  int64_t c = 0;
+  const auto columns = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+    F even[N], odd[N];
+    for (int i = 0; i < N; ++i) even[i] = odd[i] = Isa::zero();
+    for (int64_t r = 0; r < rows; ++r) {
+      const F a = Isa::set(p[r]);
+      NANOGPT_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const I pair = Isa::load_bits(v + r * cols + c + 2 * i * W);
+        even[i] = Isa::fma(a, Isa::even_bf16(pair), even[i]);
+        odd[i] = Isa::fma(a, Isa::odd_bf16(pair), odd[i]);
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      float lanes[2][W];
+      Isa::store(lanes[0], even[i]);
+      Isa::store(lanes[1], odd[i]);
+      for (int j = 0; j < W; ++j) {
+        out[c + 2 * i * W + 2 * j] = lanes[0][j];
+        out[c + 2 * i * W + 2 * j + 1] = lanes[1][j];
+      }
+    }
+    c += 2 * N * W;
+  };
+  while (c + 4 * W <= cols) columns(Count<2>());
+  while (c + 2 * W <= cols) columns(Count<1>());
+  for (; c < cols; ++c) {
+    float sum = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) sum += p[r] * from_bf16(v[r * cols + c]);
+    out[c] = sum;
+  }
+}
+
+void to_bf16s(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
+}
+
+void from_bf16s(const uint16_t* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(x[i]);
+}
+
 // ---- prompts: rows times panels of tokens ----
 
 // NR rows times NV vectors of tokens; `ld` is the distance of two rows of w.
@@ -558,8 +607,7 @@ void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, con
   constexpr int64_t step = 12;
   for (int64_t row = 0; row < rows; row += step) {
     const int64_t count = rows - row < step ? rows - row : step;
-    const uint16_t* from = w + row * cols;
-    for (int64_t i = 0; i < count * cols; ++i) wide[i] = from_bf16(from[i]);
+    from_bf16s(w + row * cols, count * cols, wide);
     all_panels(F32Block{wide, cols, first + row, cols, bias, store}, 0, count, panels, n_panels);
   }
 }
@@ -623,15 +671,21 @@ void norm_group(const float* x, int64_t n, int width, const float* weight, const
   }
 }
 
+#if defined(NANOGPT_BF16_DOT)
 void pack_bf16(const float* x, int64_t n, int width, uint16_t* out) {
   for (int64_t k = 0; k < n; k += 2) {
-    for (int t = 0; t < kLanes; ++t) {
-      const bool both = k + 1 < n;
-      out[k * width + 2 * t] = to_bf16(x[k * width + t]);
-      out[k * width + 2 * t + 1] = both ? to_bf16(x[(k + 1) * width + t]) : uint16_t{0};
+    for (int i = 0; i < kVectors; ++i) {
+      const F first = Isa::load(x + k * width + i * W);
+      const F second = k + 1 < n ? Isa::load(x + (k + 1) * width + i * W) : Isa::zero();
+      Isa::store_ints(reinterpret_cast<int16_t*>(out + k * width + 2 * i * W),
+                      Isa::bf16_pairs(first, second));
     }
   }
 }
+
+#else
+void pack_bf16(const float*, int64_t, int, uint16_t*) {}
+#endif
 
 void pack_i16(const float* x, int64_t n, int width, int16_t* out, float* scales) {
   const float limit = static_cast<float>(max_of_int16_times(n));
@@ -652,18 +706,13 @@ void pack_i16(const float* x, int64_t n, int width, int16_t* out, float* scales)
       scales[i * W + t] = usable ? top[t] / limit : bad[t];
     }
   }
-  int16_t line[2][kLanes];
   for (int64_t k = 0; k < n; k += 2) {
-    for (int half = 0; half < 2; ++half) {
-      for (int i = 0; i < kVectors; ++i) {
-        const int64_t feature = k + half;
-        const F v = feature < n ? Isa::load(x + feature * width + i * W) : Isa::zero();
-        Isa::store_i16(line[half] + i * W, Isa::mul(v, Isa::load(inverse + i * W)));
-      }
-    }
-    for (int t = 0; t < kLanes; ++t) {
-      out[k * width + 2 * t] = line[0][t];
-      out[k * width + 2 * t + 1] = line[1][t];
+    for (int i = 0; i < kVectors; ++i) {
+      const F factor = Isa::load(inverse + i * W);
+      const F first = Isa::load(x + k * width + i * W);
+      const F second = k + 1 < n ? Isa::load(x + (k + 1) * width + i * W) : Isa::zero();
+      Isa::store_ints(out + k * width + 2 * i * W,
+                      Isa::int_pairs(Isa::mul(first, factor), Isa::mul(second, factor)));
     }
   }
 }
@@ -763,6 +812,9 @@ const Kernels NANOGPT_KERNELS = {
     layer_norm,
     softmax,
     weighted_sum,
+    weighted_sum_bf16,
+    to_bf16s,
+    from_bf16s,
     gemm_f32,
     gemm_bf16,
     gemm_i8,

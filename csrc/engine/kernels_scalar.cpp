@@ -114,6 +114,14 @@ struct Isa {
   static void store_i16(int16_t* p, const F& x) {
     for (int i = 0; i < W; ++i) p[i] = nearest_even(x.v[i]);
   }
+  static I int_pairs(const F& first, const F& second) {
+    int16_t pairs[2 * W];
+    for (int i = 0; i < W; ++i) {
+      pairs[2 * i] = nearest_even(first.v[i]);
+      pairs[2 * i + 1] = nearest_even(second.v[i]);
+    }
+    return load_ints(pairs);
+  }
 
   static I load_bits(const uint16_t* p) {
     I out;
