@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <sstream>
 #include <string>
@@ -162,6 +163,25 @@ NANOGPT_INLINE double exponentials_body(const double* x, int64_t blocks, double 
   return sum;
 }
 
+struct Mass {
+  double sum, count;
+};
+
+// Sum and number of the weights of at least `threshold`, in whole blocks.
+NANOGPT_INLINE Mass mass_body(const double* weights, int64_t blocks, double threshold) {
+  double sums[8] = {}, counts[8] = {};
+  for (int64_t j = 0; j < blocks * kBlock; j += 8) {
+    for (int lane = 0; lane < 8; ++lane) {
+      const bool above = weights[j + lane] >= threshold;
+      sums[lane] += above ? weights[j + lane] : 0.0;
+      counts[lane] += above ? 1.0 : 0.0;
+    }
+  }
+  Mass mass{0.0, 0.0};
+  for (int lane = 0; lane < 8; ++lane) mass.sum += sums[lane], mass.count += counts[lane];
+  return mass;
+}
+
 // x += tilt for whole blocks; false where a sum is NaN or +inf.
 NANOGPT_INLINE bool add_body(const double* tilt, int64_t blocks, double* x, double* maxima) {
   int bad = 0;
@@ -189,6 +209,7 @@ struct Kernels {
   void (*maxima)(const double* x, int64_t blocks, double* maxima);
   bool (*widen)(const float* logits, int64_t blocks, double temperature, double* x, double* maxima);
   double (*exponentials)(const double* x, int64_t blocks, double maximum, double* weights);
+  Mass (*mass)(const double* weights, int64_t blocks, double threshold);
   bool (*add)(const double* tilt, int64_t blocks, double* x, double* maxima);
 };
 
@@ -208,11 +229,15 @@ struct Kernels {
                                       double* weights) {                                         \
     return exponentials_body(x, blocks, maximum, weights);                                       \
   }                                                                                              \
+  TARGET Mass mass_##SUFFIX(const double* weights, int64_t blocks, double threshold) {           \
+    return mass_body(weights, blocks, threshold);                                                \
+  }                                                                                              \
   TARGET bool add_##SUFFIX(const double* tilt, int64_t blocks, double* x, double* maxima) {      \
     return add_body(tilt, blocks, x, maxima);                                                    \
   }                                                                                              \
   constexpr Kernels k##SUFFIX = {words_##SUFFIX, any_could_win_##SUFFIX, maxima_##SUFFIX,        \
-                                 widen_##SUFFIX, exponentials_##SUFFIX,  add_##SUFFIX};
+                                 widen_##SUFFIX, exponentials_##SUFFIX,  mass_##SUFFIX,          \
+                                 add_##SUFFIX};
 
 NANOGPT_SAMPLER_KERNELS(plain, )
 
@@ -501,54 +526,67 @@ void Sampler::keep_top_k(int64_t k) {
 
 void Sampler::keep_top_p(double p) {
   // Probabilities in descending order, ties by id, are summed one after another as in Python, but
-  // only those that can matter are sorted: a histogram over x finds how far down p can lie. The
-  // last bits of a probability may differ from torch's, whose exp and order of summation are its
-  // own; that shows where a partial sum is within about 1e-15 of p.
+  // only those that can matter are sorted: a bisection over the weights exp(x - maximum) finds how
+  // far down p lies and, where that is far, what is kept for certain. The last bits of a sum may
+  // differ from torch's, whose exp and order of summation are its own; that shows where a partial
+  // sum comes within about 1e-15 of p (1e-12 where thousands are kept).
   const Kernels& run = kernels();
-  const int64_t n = listed_ ? count_ : vocab_size_;
+  const int64_t n = listed_ ? count_ : vocab_size_, blocks = blocks_of(n);
   const double* x = values_.data();
   if (listed_) {
     for (int64_t i = 0; i < n; ++i) {
       scratch_[static_cast<size_t>(i)] = values_[static_cast<size_t>(ids_[static_cast<size_t>(i)])];
     }
-    std::fill(scratch_.begin() + n, scratch_.begin() + blocks_of(n) * kBlock, -kInfinity);
+    std::fill(scratch_.begin() + n, scratch_.begin() + blocks * kBlock, -kInfinity);
     x = scratch_.data();
   }
-  const double sum = run.exponentials(x, blocks_of(n), maximum_, weights_.data());
-  constexpr int kBins = 1024;
-  constexpr double kBinsPerNat = 28.0;
-  double mass[kBins] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const double bin = (maximum_ - x[i]) * kBinsPerNat;
-    if (bin < kBins) mass[static_cast<int>(bin)] += weights_[static_cast<size_t>(i)];
+  const double* weights = weights_.data();
+  const double sum = run.exponentials(x, blocks, maximum_, weights_.data());
+  // Weights of at least `low` reach p for certain, those of at least `high` do not.
+  double low = 0.0, high = 2.0, low_exponent = -60.0, high_exponent = 0.0;
+  Mass at_low{sum, static_cast<double>(n)}, at_high{0.0, 0.0};
+  const double narrow = std::max(64.0, static_cast<double>(n) / 128);
+  for (int step = 0; step < 16 && at_low.count - at_high.count > narrow; ++step) {
+    const double exponent = (low_exponent + high_exponent) / 2, threshold = std::exp2(exponent);
+    const Mass mass = run.mass(weights, blocks, threshold);
+    if (mass.sum >= (p + 1e-9) * sum) {
+      low = threshold, low_exponent = exponent, at_low = mass;
+    } else if (mass.sum <= (p - 1e-9) * sum) {
+      high = threshold, high_exponent = exponent, at_high = mass;
+    } else {
+      break;
+    }
   }
-  const double enough = (p + 1e-9) * sum;
-  double reached = 0.0, last_bin = kInfinity;
-  for (int bin = 0; bin < kBins && last_bin == kInfinity; ++bin) {
-    reached += mass[bin];
-    if (reached >= enough) last_bin = bin + 1;
-  }
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    Candidate& candidate = candidates_[static_cast<size_t>(count)];
-    candidate.probability = weights_[static_cast<size_t>(i)] / sum;
-    candidate.id = listed_ ? ids_[static_cast<size_t>(i)] : static_cast<int32_t>(i);
-    count += (maximum_ - x[i]) * kBinsPerNat < last_bin;
+  constexpr double kSortedAnyway = 1024;
+  if (at_low.count <= kSortedAnyway) high = 2.0, at_high = {0.0, 0.0};
+  const double floor = low > 0 ? std::log(low) - 1e-6 : -kInfinity;
+  int64_t kept = 0, count = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (!listed_ && block_maxima_[static_cast<size_t>(b)] - maximum_ < floor) continue;
+    const int64_t end = std::min((b + 1) * kBlock, n);
+    for (int64_t i = b * kBlock; i < end; ++i) {
+      const int32_t id = listed_ ? ids_[static_cast<size_t>(i)] : static_cast<int32_t>(i);
+      if (weights[i] >= high) {
+        ids_[static_cast<size_t>(kept++)] = id;
+      } else if (weights[i] >= low) {
+        candidates_[static_cast<size_t>(count++)] = {weights[i] / sum, id};
+      }
+    }
   }
   std::sort(candidates_.begin(), candidates_.begin() + count,
             [](const Candidate& a, const Candidate& b) {
               return a.probability != b.probability ? a.probability > b.probability : a.id < b.id;
             });
-  count_ = 0;
-  double cumulative = 0.0;
+  double cumulative = at_high.sum / sum;
   for (int64_t i = 0; i < count; ++i) {
     const Candidate& candidate = candidates_[static_cast<size_t>(i)];
     // Beyond this no rounding brings `before` below p again.
     if (cumulative > p + 1e-12) break;
     cumulative += candidate.probability;
     const double before = cumulative - candidate.probability;
-    if (before < p) ids_[static_cast<size_t>(count_++)] = candidate.id;
+    if (before < p) ids_[static_cast<size_t>(kept++)] = candidate.id;
   }
+  count_ = kept;
   listed_ = true;
 }
 
