@@ -355,6 +355,31 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model for other programs, and check what was written."""
+
+    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    output: str | None = option(
+        None,
+        "what to write: a file; a folder for hf",
+        auto="model.pt, model.safetensors, model-hf or model.gguf",
+        metavar="PATH",
+    )
+    format: str = option(
+        "torchscript",
+        "one file for libtorch and nanogpt-generate; ours; Hugging Face's GPT-2; llama.cpp's",
+        choices=("torchscript", "safetensors", "hf", "gguf"),
+    )
+    quantize: str = option(
+        "none",
+        "precision of the matrices, in torchscript and gguf",
+        choices=("none", "bf16", "int8"),
+    )
+    verify: bool = option(True, "read the file back and compare before it gets its name")
+    json: bool = option(False, "print one JSON object with the outcome")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Say what is installed, what a missing part would give, and the command that adds it."""
 

@@ -57,7 +57,7 @@ class Record:
 def payload_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, row-major and little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data
 
 
 def index_entry(record: str, tensor: torch.Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,80 +33,84 @@ _LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$")
 _TURN = re.compile(rb"\.___torch_mangle_\d+")
 
 
-class Norm(nn.Module):
-    """Layer norm over the last dimension."""
+class _WithWeight(nn.Module):
+    """Buffers of the names that the state dict gives them."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows less of them than mypy
+        weight: Tensor
+        bias: Tensor | None
+        weight_scale: Tensor
+
+    def __init__(self, **buffers: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+class Norm(_WithWeight):
+    """Layer norm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
-class Linear(nn.Module):
+class Linear(_WithWeight):
     """x W^T + b with W in float32 or bfloat16; the product is in float32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(torch.float32), self.bias)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(_WithWeight):
     """scale * (x W^T) + b with W in int8; the product is in float32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.register_buffer("weight_scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight.to(torch.float32)) * self.weight_scale
         return out if self.bias is None else out + self.bias
 
 
-class Table(nn.Module):
+class Table(_WithWeight):
     """An embedding in float32 or bfloat16, and the head that is tied to it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).to(torch.float32)
 
+    @torch.jit.export
     def head(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(torch.float32))
 
 
-class Int8Table(nn.Module):
+class Int8Table(_WithWeight):
     """An embedding in int8, and the head that is tied to it."""
-
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         scale = self.weight_scale[ids].unsqueeze(-1)
         return F.embedding(ids, self.weight).to(torch.float32) * scale
 
+    @torch.jit.export
     def head(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(torch.float32)) * self.weight_scale
 
 
 class Attention(nn.Module):
-    """The two maps around attention."""
+    """Attention of T new tokens over themselves and what the cache holds."""
 
-    def __init__(self, c_attn: nn.Module, c_proj: nn.Module) -> None:
+    def __init__(self, n_head: int, c_attn: nn.Module, c_proj: nn.Module) -> None:
         super().__init__()
-        self.c_attn, self.c_proj = c_attn, c_proj
+        self.n_head, self.c_attn, self.c_proj = n_head, c_attn, c_proj
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, start: int, cached: bool) -> Tensor:
+        batch, count, width = x.shape
+        qkv = self.c_attn(x).view(batch, count, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, D)
+        if cached:
+            end = start + count
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
+            k, v = keys[:, :, :end], values[:, :, :end]  # (B, H, S, D)
+        # Several tokens come only to an empty cache, where the square mask is right.
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1)  # (B, H, T, D)
+        return self.c_proj(out.transpose(1, 2).reshape(batch, count, width))
 
 
 class FeedForward(nn.Module):
@@ -127,11 +131,21 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn, self.ln_2, self.mlp = ln_1, attn, ln_2, mlp
 
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, start: int, cached: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), keys, values, start, cached)
+        return x + self.mlp(self.ln_2(x))
+
 
 class Transformer(nn.Module):
     """Names as in the state dict."""
 
-    def __init__(self, wte: nn.Module, wpe: nn.Module, h: nn.ModuleList, ln_f: nn.Module) -> None:
+    def __init__(
+        self,
+        wte: Table | Int8Table,
+        wpe: Table | Int8Table,
+        h: nn.ModuleList,
+        ln_f: nn.Module,
+    ) -> None:
         super().__init__()
         self.wte, self.wpe, self.h, self.ln_f = wte, wpe, h, ln_f
 
@@ -142,34 +156,38 @@ class Exported(nn.Module):
     The cache is empty until the first prefill or decode, and takes the batch size of that call.
     """
 
+    if TYPE_CHECKING:
+        keys: Tensor
+        values: Tensor
+
     def __init__(self, model: GPT, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         config = model.config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
-        self.n_layer, self.n_head, self.width = config.n_layer, config.n_head, config.n_embd
         self.length = 0
 
+        def scaled(kind: type[_WithWeight], int8: type[_WithWeight], name: str, **more: Any) -> Any:
+            weight, scale = weights[name + ".weight"], weights.get(name + ".weight" + SCALE)
+            if scale is None:
+                return kind(weight=weight, **more)
+            return int8(weight=weight, weight_scale=scale, **more)
+
         def linear(name: str) -> nn.Module:
-            weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
-            scale = weights.get(name + ".weight" + SCALE)
-            return Linear(weight, bias) if scale is None else Int8Linear(weight, bias, scale)
+            return scaled(Linear, Int8Linear, name, bias=weights.get(name + ".bias"))
 
         def norm(name: str) -> nn.Module:
-            return Norm(weights[name + ".weight"], weights.get(name + ".bias"))
-
-        def table(name: str) -> nn.Module:
-            weight, scale = weights[name + ".weight"], weights.get(name + ".weight" + SCALE)
-            return Table(weight) if scale is None else Int8Table(weight, scale)
+            return Norm(weight=weights[name + ".weight"], bias=weights.get(name + ".bias"))
 
         blocks = []
         for layer in range(config.n_layer):
             at = f"transformer.h.{layer}"
-            attention = Attention(linear(f"{at}.attn.c_attn"), linear(f"{at}.attn.c_proj"))
+            maps = linear(f"{at}.attn.c_attn"), linear(f"{at}.attn.c_proj")
             mlp = FeedForward(linear(f"{at}.mlp.c_fc"), linear(f"{at}.mlp.c_proj"))
+            attention = Attention(config.n_head, *maps)
             blocks.append(Block(norm(f"{at}.ln_1"), attention, norm(f"{at}.ln_2"), mlp))
         self.transformer = Transformer(
-            table("transformer.wte"),
-            table("transformer.wpe"),
+            scaled(Table, Int8Table, "transformer.wte"),
+            scaled(Table, Int8Table, "transformer.wpe"),
             nn.ModuleList(blocks),
             norm("transformer.ln_f"),
         )
@@ -216,31 +234,19 @@ class Exported(nn.Module):
             raise ValueError(f"a token is outside the vocabulary of {self.vocab_size}")
 
     def _hidden(self, tokens: Tensor, cached: bool) -> Tensor:
-        batch, count = tokens.size(0), tokens.size(1)
-        heads, head_width = self.n_head, self.width // self.n_head
+        batch, count = tokens.shape
         start = self.length if cached else 0
-        end = start + count
         if cached and start == 0 and self.keys.size(1) != batch:
-            shape = [self.n_layer, batch, heads, self.block_size, head_width]
+            shape = list(self.keys.shape)
+            shape[1] = batch
             self.keys = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
             self.values = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
-        positions = torch.arange(start, end, device=tokens.device)
+        positions = torch.arange(start, start + count, device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
-            qkv = block.attn.c_attn(block.ln_1(x))  # (B, T, 3C)
-            qkv = qkv.view(batch, count, 3, heads, head_width).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv[0], qkv[1], qkv[2]  # (B, H, T, D)
-            if cached:
-                self.keys[layer, :, :, start:end] = k
-                self.values[layer, :, :, start:end] = v
-                k = self.keys[layer, :, :, :end]  # (B, H, S, D)
-                v = self.values[layer, :, :, :end]
-            # Several tokens come only to an empty cache, where the square mask is right.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1)  # (B, H, T, D)
-            x = x + block.attn.c_proj(y.transpose(1, 2).reshape(batch, count, self.width))
-            x = x + block.mlp(block.ln_2(x))
+            x = block(x, self.keys[layer], self.values[layer], start, cached)
         if cached:
-            self.length = end
+            self.length = start + count
         return self.transformer.ln_f(x)
 
 
