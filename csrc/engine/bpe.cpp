@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <optional>
 #include <utility>
@@ -209,6 +210,65 @@ class MergeTable {
   size_t mask_ = 0;
 };
 
+template <typename OnCode>
+void for_each_code(const std::string& text, const OnCode& on_code) {
+  int length;
+  for (size_t at = 0; at < text.size(); at += static_cast<size_t>(length)) {
+    on_code(utf8_valid_step(text.data() + at, length));
+  }
+}
+
+[[noreturn]] void refuse_option(const std::string& key) {
+  damaged("its option " + key + " is not supported");
+}
+
+// Reads an object of which every field is known. on_field(key) consumes the value, or returns false
+// for a key that it does not know. A field said twice, an unknown one or a missing required one is
+// damage.
+template <typename OnField>
+void read_object(JsonScanner& json, const std::string& name,
+                 std::initializer_list<std::string_view> required, const OnField& on_field) {
+  std::vector<std::string> seen;
+  const auto has_seen = [&seen](std::string_view key) {
+    return std::find(seen.begin(), seen.end(), key) != seen.end();
+  };
+  if (json.next() != '{') damaged("its " + name + " is missing");
+  json.object([&](const std::string& key) {
+    if (has_seen(key)) damaged("its " + name + " says " + key + " twice");
+    seen.push_back(key);
+    if (!on_field(key)) refuse_option(key);
+  });
+  for (const std::string_view key : required) {
+    if (!has_seen(key)) damaged("its " + name + " lacks " + std::string(key));
+  }
+}
+
+// The settings of the pre-tokenizer, decoder or post-processor "ByteLevel".
+struct ByteLevel {
+  bool adds_space = true, uses_pattern = true;
+};
+
+// Refuses every other kind.
+ByteLevel read_byte_level(JsonScanner& json, const std::string& name) {
+  ByteLevel settings;
+  read_object(json, name, {"type", "add_prefix_space", "trim_offsets"},
+              [&](const std::string& key) {
+                if (key == "type") {
+                  if (json.text() != "ByteLevel") damaged("its " + name + " is not ByteLevel");
+                } else if (key == "add_prefix_space") {
+                  settings.adds_space = json.flag();
+                } else if (key == "use_regex") {
+                  settings.uses_pattern = json.flag();
+                } else if (key == "trim_offsets") {
+                  json.flag();
+                } else {
+                  return false;
+                }
+                return true;
+              });
+  return settings;
+}
+
 class BPETokenizer : public Tokenizer {
  public:
   explicit BPETokenizer(JsonScanner& json);
@@ -229,8 +289,6 @@ class BPETokenizer : public Tokenizer {
   void read_merges(JsonScanner& json);
   void read_model(JsonScanner& json);
   void read_added_tokens(JsonScanner& json);
-  void read_pre_tokenizer(JsonScanner& json);
-  void read_post_processor(JsonScanner& json);
   void settle();
 
   void append_short_word(std::string_view word, std::vector<int32_t>& ids) const;
@@ -240,7 +298,6 @@ class BPETokenizer : public Tokenizer {
   MergeTable merges_;
 
   // Used while reading.
-  bool has_model_ = false, has_vocabulary_ = false, has_merges_ = false, splits_words_ = false;
   std::optional<int32_t> added_id_;
   std::vector<std::pair<Span, int32_t>> named_;
   std::string merge_arena_;
@@ -248,8 +305,6 @@ class BPETokenizer : public Tokenizer {
 };
 
 void BPETokenizer::read_vocabulary(JsonScanner& json) {
-  if (has_vocabulary_) damaged("it has two vocabularies");
-  has_vocabulary_ = true;
   auto start = static_cast<uint32_t>(arena_.size());
   json.raw_object([this](uint32_t code) { arena_ += byte_of_symbol(code); },
                   [&] {
@@ -260,8 +315,6 @@ void BPETokenizer::read_vocabulary(JsonScanner& json) {
 }
 
 void BPETokenizer::read_merges(JsonScanner& json) {
-  if (has_merges_) damaged("it has two lists of merges");
-  has_merges_ = true;
   const auto size = [this] { return static_cast<uint32_t>(merge_arena_.size()); };
   const auto name = [this](uint32_t code) { merge_arena_ += byte_of_symbol(code); };
   char form = 0;
@@ -277,13 +330,15 @@ void BPETokenizer::read_merges(JsonScanner& json) {
         if (++parts == 1) merge.left_length = size() - merge.start;
       });
     } else {
-      // The older form: both with a space between them, which stands in no token.
-      parts = 1;
-      json.string([&](uint32_t code) {
-        if (code != ' ') return name(code);
-        ++parts;
-        merge.left_length = size() - merge.start;
-      });
+      // The older form: both with a space between them, which stands in no token, and maybe a line
+      // about its version.
+      const std::string line = json.text();
+      if (line.rfind("#version", 0) == 0) return;
+      const size_t space = line.find(' ');
+      parts = space == std::string::npos ? 1 : 2;
+      for_each_code(line.substr(0, space), name);
+      merge.left_length = size() - merge.start;
+      if (parts == 2) for_each_code(line.substr(space + 1), name);
     }
     if (parts != 2) damaged("a merge is not a pair of tokens");
     merge.right_length = size() - merge.start - merge.left_length;
@@ -292,30 +347,28 @@ void BPETokenizer::read_merges(JsonScanner& json) {
 }
 
 void BPETokenizer::read_model(JsonScanner& json) {
-  if (has_model_) damaged("it has two models");
-  has_model_ = true;
-  bool has_type = false;
-  json.object([&](const std::string& key) {
+  bool is_bpe = false;
+  read_object(json, "model", {"type", "vocab", "merges"}, [&](const std::string& key) {
     if (key == "vocab") {
       read_vocabulary(json);
     } else if (key == "merges") {
       read_merges(json);
     } else if (key == "type") {
-      has_type = json.text() == "BPE";
+      is_bpe = json.text() == "BPE";
     } else if (key == "dropout" || key == "unk_token") {
-      if (!json.literal("null")) damaged("its option " + key + " is not supported");
+      if (!json.literal("null")) refuse_option(key);
     } else if (key == "continuing_subword_prefix" || key == "end_of_word_suffix") {
-      if (!json.literal("null") && !json.text().empty()) {
-        damaged("its option " + key + " is not supported");
-      }
+      if (!json.literal("null") && !json.text().empty()) refuse_option(key);
     } else if (key == "byte_fallback" || key == "ignore_merges") {
-      if (!json.literal("false")) damaged("its option " + key + " is not supported");
+      if (json.flag()) refuse_option(key);
+    } else if (key == "fuse_unk") {
+      json.flag();
     } else {
-      json.skip();
+      return false;
     }
+    return true;
   });
-  if (!has_type) damaged("its model is not BPE");
-  if (!has_vocabulary_ || !has_merges_) damaged("its vocabulary or its merges are missing");
+  if (!is_bpe) damaged("its model is not BPE");
 }
 
 void BPETokenizer::read_added_tokens(JsonScanner& json) {
@@ -323,58 +376,28 @@ void BPETokenizer::read_added_tokens(JsonScanner& json) {
     if (added_id_) damaged("it has more than one special token");
     std::string content;
     bool special = false;
-    json.object([&](const std::string& key) {
-      if (key == "content") {
-        content = json.text();
-      } else if (key == "id") {
-        added_id_ = json.count();
-      } else if (key == "special") {
-        special = json.literal("true");
-        if (!special) json.skip();
-      } else {
-        json.skip();
-      }
-    });
+    read_object(json, "special token",
+                {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"},
+                [&](const std::string& key) {
+                  if (key == "content") {
+                    content = json.text();
+                  } else if (key == "id") {
+                    added_id_ = json.count();
+                  } else if (key == "special") {
+                    special = json.flag();
+                  } else if (key == "single_word" || key == "lstrip" || key == "rstrip" ||
+                             key == "normalized") {
+                    json.flag();
+                  } else {
+                    return false;
+                  }
+                  return true;
+                });
     // Any other would be cut out of ordinary text.
-    if (content != kEndOfText || !special || !added_id_) {
+    if (content != kEndOfText || !special) {
       damaged("its special token is not " + std::string(kEndOfText));
     }
   });
-}
-
-void BPETokenizer::read_pre_tokenizer(JsonScanner& json) {
-  bool byte_level = false, adds_space = true, uses_pattern = true;
-  json.object([&](const std::string& key) {
-    if (key == "type") {
-      byte_level = json.text() == "ByteLevel";
-    } else if (key == "add_prefix_space") {
-      adds_space = !json.literal("false");
-      if (adds_space) json.skip();
-    } else if (key == "use_regex") {
-      uses_pattern = json.literal("true");
-      if (!uses_pattern) json.skip();
-    } else {
-      json.skip();
-    }
-  });
-  if (!byte_level || adds_space || !uses_pattern) {
-    damaged("it does not split words as GPT-2 does");
-  }
-  splits_words_ = true;
-}
-
-void BPETokenizer::read_post_processor(JsonScanner& json) {
-  if (json.literal("null")) return;
-  // This one moves offsets only; others add tokens.
-  bool byte_level = false;
-  json.object([&](const std::string& key) {
-    if (key == "type") {
-      byte_level = json.text() == "ByteLevel";
-    } else {
-      json.skip();
-    }
-  });
-  if (!byte_level) damaged("its post-processor is not supported");
 }
 
 class BPETokenizer::Names {
@@ -423,8 +446,6 @@ class BPETokenizer::Names {
 
 // Ids, byte tokens and merges from what was read.
 void BPETokenizer::settle() {
-  if (!has_model_) damaged("its model is missing");
-  if (!splits_words_) damaged("it does not split words as GPT-2 does");
   const size_t count = named_.size();
   if (count > INT32_MAX / 4 || merge_texts_.size() > INT32_MAX / 4) damaged("it is too large");
   spans_.assign(count, {});
@@ -480,27 +501,29 @@ void BPETokenizer::settle() {
 }
 
 BPETokenizer::BPETokenizer(JsonScanner& json) {
-  bool has_version = false;
-  json.object([&](const std::string& key) {
-    if (key == "model") {
-      read_model(json);
-    } else if (key == "added_tokens") {
-      read_added_tokens(json);
-    } else if (key == "pre_tokenizer") {
-      if (json.next() != '{') damaged("it does not split words as GPT-2 does");
-      read_pre_tokenizer(json);
-    } else if (key == "post_processor") {
-      read_post_processor(json);
-    } else if (key == "normalizer" || key == "truncation" || key == "padding") {
-      if (!json.literal("null")) damaged("its option " + key + " is not supported");
-    } else if (key == "version") {
-      has_version = json.text() == "1.0";
-    } else {
-      // The decoder is not used: bytes are put together as they are.
-      json.skip();
-    }
-  });
-  if (!has_version) damaged("its version is not 1.0");
+  read_object(json, "description", {"version", "model", "pre_tokenizer", "added_tokens"},
+              [&](const std::string& key) {
+                if (key == "model") {
+                  read_model(json);
+                } else if (key == "added_tokens") {
+                  read_added_tokens(json);
+                } else if (key == "pre_tokenizer") {
+                  const ByteLevel settings = read_byte_level(json, "pre-tokenizer");
+                  if (settings.adds_space || !settings.uses_pattern) {
+                    damaged("it does not split words as GPT-2 does");
+                  }
+                } else if (key == "decoder" || key == "post_processor") {
+                  // These change nothing: ids are left as they are, and their bytes put together.
+                  if (!json.literal("null")) read_byte_level(json, key);
+                } else if (key == "normalizer" || key == "truncation" || key == "padding") {
+                  if (!json.literal("null")) refuse_option(key);
+                } else if (key == "version") {
+                  if (json.text() != "1.0") damaged("its version is not 1.0");
+                } else {
+                  return false;
+                }
+                return true;
+              });
   settle();
 }
 

@@ -89,6 +89,12 @@ class JsonScanner {
   std::string text();
   // A whole number of 0 … 2^31 - 1.
   int32_t count();
+  // true or false.
+  bool flag() {
+    if (literal("true")) return true;
+    if (!literal("false")) damaged();
+    return false;
+  }
   // Consumes `literal` (null, true, false) if it comes next.
   bool literal(std::string_view literal);
   // Any value.
