@@ -304,13 +304,13 @@ def test_real_texts_are_encoded_alike_by_all_three(name, data_folder, tmp_path):
 
 
 def test_characters_and_their_errors_are_the_same(tmp_path):
-    texts = hostile_texts(60_000, seed=7)
+    texts = hostile_texts(30_000, seed=7)
     # A vocabulary that lacks some of what occurs.
     characters = sorted(set("".join(texts[:2000])))
     tokenizer = CharTokenizer("".join({*characters[::2], "\0", "\U0010ffff"}))
-    # Every code point of the low planes once, and some of the others.
-    texts += ["a" * (c % 3) * 700 + chr(c) for c in range(0x2FFFF) if not 0xD800 <= c < 0xE000]
-    texts += [chr(c) for c in range(0x30000, 0x110000, 977)]
+    # Every code point of where the scripts are, and some of the others.
+    codes = [*range(0xD800), *range(0xE000, 0x110000, 41)]
+    texts += ["a" * (1234 if code % 500 == 0 else code % 3) + chr(code) for code in codes]
     known = CharTokenizer("ab")
     refused = 0
     for one in (tokenizer, known):
@@ -323,7 +323,7 @@ def test_characters_and_their_errors_are_the_same(tmp_path):
                 refused += 1
             assert results.ids() == expected
         assert results.done()
-    assert 200_000 < refused < 2 * len(texts)
+    assert 100_000 < refused < 2 * len(texts)
 
 
 def test_bytes_of_any_kind_are_encoded_alike(tmp_path):
@@ -625,7 +625,7 @@ def test_a_changed_description_is_refused_or_means_the_same_as_in_python():
     whole = canonical_json(small_description())
     pieces = [bytes([value]) for value in b'"[]{},:1\\ th'] + [b"99", b"null"]
     changed = []
-    for _ in range(6000):
+    for _ in range(4000):
         raw = bytearray(whole)
         for at in rng.integers(0, len(raw) - 30, rng.integers(1, 3)):
             kind = rng.integers(4)
@@ -638,6 +638,25 @@ def test_a_changed_description_is_refused_or_means_the_same_as_in_python():
             else:
                 raw[at : at + 1] = pieces[rng.integers(len(pieces))]
         changed.append(bytes(raw))
+    for _ in range(2000):
+        description = json.loads(whole)
+        model = description["tokenizer"]["model"]
+        merges, vocabulary, names = model["merges"], model["vocab"], list(model["vocab"])
+        for _ in range(rng.integers(1, 5)):
+            one, two = (names[i] for i in rng.integers(0, len(names), 2))
+            i, j = rng.integers(0, len(merges), 2).tolist()
+            kind = rng.integers(5)
+            if kind == 0:
+                vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+            elif kind == 1:
+                merges[i], merges[j] = merges[j], merges[i]
+            elif kind == 2:
+                merges.insert(i, list(merges[j]))
+            elif kind == 3:
+                merges[i] = [merges[i][0], merges[j][1]]
+            else:
+                merges.pop(i)
+        changed.append(json.dumps(description).encode())
     outcomes = loaded(changed)
     accepted = [
         (raw, ids) for raw, ids in zip(changed, outcomes, strict=True) if isinstance(ids, list)
@@ -645,7 +664,7 @@ def test_a_changed_description_is_refused_or_means_the_same_as_in_python():
     for raw, ids in accepted:
         assert in_python(raw) == ids, raw
     # Both outcomes have to occur, or nothing was compared.
-    assert 50 < len(accepted) < len(changed) - 1000
+    assert 500 < len(accepted) < len(changed) - 1000
 
 
 def test_the_unicode_tables_are_what_the_library_and_python_say():
