@@ -160,10 +160,24 @@ uint32_t hash_of(std::string_view bytes) {
   return static_cast<uint32_t>(mixed(hash));
 }
 
-// Slots of a table with open addressing that stays at most half full.
-size_t slots_for(size_t entries) {
+// Bytes that grow at the end, up to a limit known before; pages that are not reached cost nothing.
+class Bytes {
+ public:
+  Bytes() = default;
+  explicit Bytes(size_t limit) : bytes_(new char[limit]), end_(bytes_.get()) {}
+  void push(char byte) { *end_++ = byte; }
+  uint32_t size() const { return static_cast<uint32_t>(end_ - bytes_.get()); }
+  const char* data() const { return bytes_.get(); }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  char* end_ = nullptr;
+};
+
+// Slots, a power of two, of a table with open addressing.
+size_t slots_for(size_t entries, double fullest) {
   size_t slots = 16;
-  while (slots < entries * 2) slots *= 2;
+  while (static_cast<double>(slots) * fullest < static_cast<double>(entries)) slots *= 2;
   return slots;
 }
 
@@ -176,7 +190,8 @@ struct Merge {
 class MergeTable {
  public:
   void reserve(size_t merges) {
-    slots_.assign(slots_for(merges), Slot{});
+    // Most pairs that are asked for are not there; half full, that is seen soon.
+    slots_.assign(slots_for(merges, 0.5), Slot{});
     mask_ = slots_.size() - 1;
   }
 
@@ -187,6 +202,11 @@ class MergeTable {
       at = (at + 1) & mask_;
     }
     slots_[at] = {left, right, merge};
+  }
+
+  // Fetches the place of a pair that is soon to be set.
+  void prepare(int32_t left, int32_t right) const {
+    __builtin_prefetch(&slots_[place(left, right)], 1);
   }
 
   const Merge* find(int32_t left, int32_t right) const {
@@ -300,23 +320,28 @@ class BPETokenizer : public Tokenizer {
   // Used while reading.
   std::optional<int32_t> added_id_;
   std::vector<std::pair<Span, int32_t>> named_;
-  std::string merge_arena_;
+  Bytes merge_names_;
   std::vector<MergeText> merge_texts_;
 };
 
 void BPETokenizer::read_vocabulary(JsonScanner& json) {
-  auto start = static_cast<uint32_t>(arena_.size());
-  json.raw_object([this](uint32_t code) { arena_ += byte_of_symbol(code); },
+  // A byte of a name comes from at least one of the JSON's, an entry from at least six.
+  Bytes names(json.left());
+  named_.reserve(json.left() / 6);
+  uint32_t start = 0;
+  json.raw_object([&](uint32_t code) { names.push(byte_of_symbol(code)); },
                   [&] {
-                    const auto end = static_cast<uint32_t>(arena_.size());
-                    named_.emplace_back(Span{start, end - start}, json.count());
-                    start = end;
+                    named_.emplace_back(Span{start, names.size() - start}, json.count());
+                    start = names.size();
                   });
+  arena_.assign(names.data(), names.size());
 }
 
 void BPETokenizer::read_merges(JsonScanner& json) {
-  const auto size = [this] { return static_cast<uint32_t>(merge_arena_.size()); };
-  const auto name = [this](uint32_t code) { merge_arena_ += byte_of_symbol(code); };
+  merge_names_ = Bytes(json.left());
+  merge_texts_.reserve(json.left() / 8);
+  const auto size = [this] { return merge_names_.size(); };
+  const auto name = [this](uint32_t code) { merge_names_.push(byte_of_symbol(code)); };
   char form = 0;
   json.array([&] {
     const char type = json.next();
@@ -403,12 +428,18 @@ void BPETokenizer::read_added_tokens(JsonScanner& json) {
 class BPETokenizer::Names {
  public:
   explicit Names(const BPETokenizer& owner, size_t names)
-      : arena_(owner.arena_), spans_(owner.spans_), slots_(slots_for(names)) {
+      : arena_(owner.arena_), spans_(owner.spans_), slots_(slots_for(names, 0.8)) {
     mask_ = slots_.size() - 1;
   }
 
-  void add(int32_t id) {
-    const uint32_t hash = hash_of(bytes_of(id));
+  // The hash of a name; fetches the place where it is soon to be looked for.
+  uint32_t prepared(std::string_view bytes) const {
+    const uint32_t hash = hash_of(bytes);
+    __builtin_prefetch(&slots_[hash & mask_]);
+    return hash;
+  }
+
+  void add(int32_t id, uint32_t hash) {
     size_t at = hash & mask_;
     while (slots_[at].id >= 0) {
       if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes_of(id)) {
@@ -420,8 +451,8 @@ class BPETokenizer::Names {
   }
 
   // -1 where there is none.
-  int32_t find(std::string_view bytes) const {
-    const uint32_t hash = hash_of(bytes);
+  int32_t find(std::string_view bytes) const { return find(bytes, hash_of(bytes)); }
+  int32_t find(std::string_view bytes, uint32_t hash) const {
     for (size_t at = hash & mask_; slots_[at].id >= 0; at = (at + 1) & mask_) {
       if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes) return slots_[at].id;
     }
@@ -457,7 +488,17 @@ void BPETokenizer::settle() {
     spans_[static_cast<size_t>(id)] = span;
   }
   Names names(*this, count);
-  for (size_t id = 0; id < count; ++id) names.add(static_cast<int32_t>(id));
+  // Tables of this size do not fit the nearest caches: work is done in batches, whose places in
+  // memory are fetched ahead.
+  constexpr size_t kBatch = 32;
+  for (size_t first = 0; first < count; first += kBatch) {
+    const size_t batch = std::min(kBatch, count - first);
+    uint32_t hashes[kBatch];
+    for (size_t i = 0; i < batch; ++i) {
+      hashes[i] = names.prepared(names.bytes_of(static_cast<int32_t>(first + i)));
+    }
+    for (size_t i = 0; i < batch; ++i) names.add(static_cast<int32_t>(first + i), hashes[i]);
+  }
 
   // The special token is the last one, in the vocabulary or after it.
   const int32_t listed = names.find(kEndOfText);
@@ -474,30 +515,49 @@ void BPETokenizer::settle() {
     }
   }
 
-  const auto id_of = [&](std::string_view name) {
-    const int32_t id = name.size() == 1 ? byte_ids_[static_cast<uint8_t>(name[0])]  // the commonest
-                                        : names.find(name);
+  const auto found = [](int32_t id) {
     if (id < 0) damaged("a merge names a token that is not in the vocabulary");
     return id;
   };
   merges_.reserve(merge_texts_.size());
   // Merges make new ids in order, so the id after the last one is the first guess.
   int32_t guess = 0;
-  for (size_t rank = 0; rank < merge_texts_.size(); ++rank) {
-    const MergeText& merge = merge_texts_[rank];
-    const std::string_view left(merge_arena_.data() + merge.start, merge.left_length);
-    const std::string_view right(left.data() + left.size(), merge.right_length);
-    const std::string_view both(left.data(), left.size() + right.size());
-    if (static_cast<size_t>(guess) >= count || names.bytes_of(guess) != both) guess = id_of(both);
-    merges_.set(id_of(left), id_of(right), {static_cast<uint32_t>(rank), guess});
-    ++guess;
+  for (size_t first = 0; first < merge_texts_.size(); first += kBatch) {
+    const size_t batch = std::min(kBatch, merge_texts_.size() - first);
+    struct Pair {
+      std::string_view left, right;
+      uint32_t left_hash, right_hash;
+      int32_t left_id, right_id;
+    } pairs[kBatch];
+    for (size_t i = 0; i < batch; ++i) {
+      const MergeText& merge = merge_texts_[first + i];
+      Pair& pair = pairs[i];
+      pair.left = {merge_names_.data() + merge.start, merge.left_length};
+      pair.right = {pair.left.data() + pair.left.size(), merge.right_length};
+      pair.left_hash = names.prepared(pair.left);
+      pair.right_hash = names.prepared(pair.right);
+    }
+    for (size_t i = 0; i < batch; ++i) {
+      Pair& pair = pairs[i];
+      pair.left_id = found(names.find(pair.left, pair.left_hash));
+      pair.right_id = found(names.find(pair.right, pair.right_hash));
+      merges_.prepare(pair.left_id, pair.right_id);
+    }
+    for (size_t i = 0; i < batch; ++i) {
+      const Pair& pair = pairs[i];
+      const std::string_view both(pair.left.data(), pair.left.size() + pair.right.size());
+      if (static_cast<size_t>(guess) >= count || names.bytes_of(guess) != both) {
+        guess = found(names.find(both));
+      }
+      merges_.set(pair.left_id, pair.right_id, {static_cast<uint32_t>(first + i), guess});
+      ++guess;
+    }
   }
   spans_.resize(static_cast<size_t>(end_of_text) + 1);
   spans_.back() = {};
   named_ = {};
   merge_texts_ = {};
-  merge_arena_ = {};
-  arena_.shrink_to_fit();
+  merge_names_ = {};
 }
 
 BPETokenizer::BPETokenizer(JsonScanner& json) {
