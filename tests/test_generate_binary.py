@@ -275,6 +275,29 @@ def test_one_flipped_bit_anywhere_is_refused_before_a_word_is_written(
         assert str(copy) in refusal(3, copy, "--prompt", "abc", "--seed", 1), at
 
 
+def test_a_model_of_train_is_refused_with_the_way_out(refusal, folder, tmp_path):
+    model, _ = load(folder / "char.safetensors")
+    checkpoint.save(model, tmp_path / "gpt.pth")
+    sentence = refusal(3, tmp_path / "gpt.pth")
+    assert str(tmp_path / "gpt.pth") in sentence
+    assert "nanogpt export" in sentence
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(refusal, folder):
+    named = {**os.environ, "NANOGPT_ISA": "mmx"}
+    assert "mmx" in refusal(2, folder / "char.pt", env=named)
+
+
+def test_a_model_that_is_cut_while_it_writes_ends_with_a_sentence(binary, folder, tmp_path):
+    copy = shutil.copy(folder / "char.pt", tmp_path / "copy.pt")
+    with start(binary, copy, *ENDLESS) as process:
+        read_until(process, 200)
+        os.truncate(copy, 0)
+        _, messages = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert b"the model file was shortened" in messages
+
+
 def test_a_file_cut_short_is_refused(refusal, folder, tmp_path):
     raw = (folder / "char.pt").read_bytes()
     copy = tmp_path / "short.pt"

@@ -79,6 +79,17 @@ struct Scratch {
   Buffer<float> rows;
 };
 
+// What is fetched of the next matrix while a thread waits, and before it norms a vector: about what
+// a core can have under way.
+constexpr int64_t kBytesAhead = 32768;
+constexpr int kLinesAhead = 48;
+
+Ahead ahead_of(const Matrix& m, int64_t row) {
+  const int64_t width = static_cast<int64_t>(bytes_of(m.dtype)) * m.cols;
+  return Ahead{static_cast<const char*>(m.data) + row * width,
+               std::min(kBytesAhead, (m.rows - row) * width)};
+}
+
 // A vector in the forms that the three kinds of weights want.
 struct Operand {
   const float* floats;
@@ -348,29 +359,40 @@ void Decoder::State::step(int thread, int threads) {
   const int64_t c = config.n_embd, heads = config.n_head;
   const int64_t first_head = heads * thread / threads;
   const int64_t end_head = heads * (thread + 1) / threads;
+  const int64_t first = first_row(c, thread, threads), end = first_row(c, thread + 1, threads);
+  const int64_t in = first_row(4 * c, thread, threads);
+  const int64_t in_end = first_row(4 * c, thread + 1, threads);
+  const int64_t head = first_row(config.vocab_size, thread, threads);
   float* normed = scratch.normed.get();
+  Ahead ahead = ahead_of(layers[0].qkv, first_head * config.head_width());
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
+    ahead.fetch(kLinesAhead);
     kernels.layer_norm(x.get(), c, layer.ln_1.weight, layer.ln_1.bias, normed);
     Operand operand = prepare(layer.qkv.dtype, normed, c, scratch);
     for (int64_t h = first_head; h < end_head; ++h) attend_one(l, h, operand, scratch);
-    pool->barrier();
+    ahead = ahead_of(layer.attention_out, first);
+    pool->barrier(thread, ahead);
 
-    int64_t first = first_row(c, thread, threads), end = first_row(c, thread + 1, threads);
+    ahead.fetch(kLinesAhead);
     operand = prepare(layer.attention_out.dtype, mixed.get(), c, scratch);
     multiply(layer.attention_out, first, end - first, operand, x.get() + first, Store::add);
-    pool->barrier();
+    ahead = ahead_of(layer.feed_in, in);
+    pool->barrier(thread, ahead);
 
-    const int64_t in = first_row(4 * c, thread, threads);
-    const int64_t in_end = first_row(4 * c, thread + 1, threads);
+    ahead.fetch(kLinesAhead);
     kernels.layer_norm(x.get(), c, layer.ln_2.weight, layer.ln_2.bias, normed);
     operand = prepare(layer.feed_in.dtype, normed, c, scratch);
     multiply(layer.feed_in, in, in_end - in, operand, hidden.get() + in, Store::gelu);
-    pool->barrier();
+    ahead = ahead_of(layer.feed_out, first);
+    pool->barrier(thread, ahead);
 
+    ahead.fetch(kLinesAhead);
     operand = prepare(layer.feed_out.dtype, hidden.get(), 4 * c, scratch);
     multiply(layer.feed_out, first, end - first, operand, x.get() + first, Store::add);
-    pool->barrier();
+    ahead = l + 1 < layers.size() ? ahead_of(layers[l + 1].qkv, first_head * config.head_width())
+                                  : ahead_of(tokens_matrix, head);
+    pool->barrier(thread, ahead);
   }
   logits_rows(thread, threads, x.get());
 }
@@ -456,7 +478,7 @@ void Decoder::State::block(int thread, int threads) {
   const auto share = [&](int64_t count, auto&& work) {
     std::atomic<int64_t>& counter = counters[phase % 3];
     for (int64_t i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-    pool->barrier();
+    pool->barrier(thread);
     if (thread == 0) counters[(phase + 2) % 3].store(0, std::memory_order_relaxed);
     ++phase;
   };
@@ -567,7 +589,7 @@ void Decoder::State::block(int thread, int threads) {
         b.last.get()[i] = b.x.get()[(offsets[p] * c + i * widths[p]) + t - offsets[p]];
       }
     }
-    pool->barrier();
+    pool->barrier(thread);
     logits_rows(thread, threads, b.last.get());
   }
 }

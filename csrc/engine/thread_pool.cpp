@@ -21,7 +21,7 @@ namespace {
 // model; after this many turns (about a fifth of a millisecond) it sleeps.
 constexpr int kTurnsAwake = 4000;
 // At a barrier the others are about to come; if they are not, another program has the CPU.
-constexpr int kTurnsAtBarrier = 20000;
+constexpr int kTurnsAtBarrier = 2000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -47,7 +47,7 @@ int usable_cpus() {
 }
 
 struct ThreadPool::State {
-  explicit State(int size) : size(size) {}
+  explicit State(int size) : size(size), progress(static_cast<size_t>(size)) {}
 
   const int size;
   std::vector<std::thread> threads;
@@ -58,10 +58,14 @@ struct ThreadPool::State {
   int active = 0;
   bool stop = false;
 
-  alignas(64) std::atomic<uint32_t> round{0};
-  alignas(64) std::atomic<int> running{0};
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<uint32_t> passed{0};
+  alignas(64) std::atomic<uint64_t> round{0};
+  // How far each thread is. Everyone writes only a line of his own and reads the others': one
+  // transfer between caches where a shared counter would take two.
+  struct alignas(64) Progress {
+    std::atomic<uint64_t> shown{0};
+    uint64_t mine = 0;
+  };
+  std::vector<Progress> progress;
 
   std::mutex mutex;
   std::condition_variable woken;
@@ -77,9 +81,9 @@ struct ThreadPool::State {
     }
   }
 
-  uint32_t next_round(uint32_t seen) {
+  uint64_t next_round(uint64_t seen) {
     for (int turn = 0; turn < kTurnsAwake; ++turn) {
-      const uint32_t now = round.load(std::memory_order_acquire);
+      const uint64_t now = round.load(std::memory_order_acquire);
       if (now != seen) return now;
       pause();
     }
@@ -91,12 +95,31 @@ struct ThreadPool::State {
   }
 
   void work(int thread) {
-    uint32_t seen = 0;
+    uint64_t seen = 0;
     while (true) {
       seen = next_round(seen);
       if (stop) return;
+      begin(thread, seen);
       if (thread < active) task(context, thread, active);
-      running.fetch_sub(1, std::memory_order_release);
+      progress[static_cast<size_t>(thread)].shown.store(end_of(seen), std::memory_order_release);
+    }
+  }
+
+  // Barriers of round r are counted from r * 2^20 on.
+  static uint64_t start_of(uint64_t round) { return round << 20; }
+  static uint64_t end_of(uint64_t round) { return start_of(round) + (1 << 20) - 1; }
+  void begin(int thread, uint64_t round) {
+    progress[static_cast<size_t>(thread)].mine = start_of(round);
+  }
+
+  void wait_for(int thread, uint64_t moment, Ahead ahead) {
+    const std::atomic<uint64_t>& shown = progress[static_cast<size_t>(thread)].shown;
+    for (int turn = 0; shown.load(std::memory_order_acquire) < moment; ++turn) {
+      if (ahead.bytes > 0) {
+        ahead.fetch(4);
+      } else {
+        turn < kTurnsAtBarrier ? pause() : std::this_thread::yield();
+      }
     }
   }
 };
@@ -125,25 +148,20 @@ void ThreadPool::run(Task task, void* context, int threads) {
   }
   s.task = task;
   s.context = context;
-  s.running.store(s.size - 1, std::memory_order_relaxed);
   s.start_round();
+  const uint64_t round = s.round.load(std::memory_order_relaxed);
+  s.begin(0, round);
   task(context, 0, s.active);
-  for (int turn = 0; s.running.load(std::memory_order_acquire) != 0; ++turn) {
-    turn < kTurnsAtBarrier ? pause() : std::this_thread::yield();
-  }
+  for (int thread = 1; thread < s.size; ++thread) s.wait_for(thread, State::end_of(round), {});
 }
 
-void ThreadPool::barrier() {
+void ThreadPool::barrier(int thread, Ahead ahead) {
   State& s = *state_;
   if (s.active == 1) return;
-  const uint32_t before = s.passed.load(std::memory_order_acquire);
-  if (s.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == s.active) {
-    s.arrived.store(0, std::memory_order_relaxed);
-    s.passed.store(before + 1, std::memory_order_release);
-    return;
-  }
-  for (int turn = 0; s.passed.load(std::memory_order_acquire) == before; ++turn) {
-    turn < kTurnsAtBarrier ? pause() : std::this_thread::yield();
+  State::Progress& own = s.progress[static_cast<size_t>(thread)];
+  own.shown.store(++own.mine, std::memory_order_release);
+  for (int other = 0; other < s.active; ++other) {
+    if (other != thread) s.wait_for(other, own.mine, ahead);
   }
 }
 

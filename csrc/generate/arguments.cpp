@@ -118,9 +118,9 @@ struct Flag {
   const char* placeholder;  // null for a switch
   const char* help;
   const char* shown_default;
-  Take take;         // of a flag with a value
-  Switch member;     // of a switch
-  bool with_bench;   // means something beside --bench
+  Take take;        // of a flag with a value
+  Switch member;    // of a switch
+  bool with_bench;  // means something beside --bench
   const char* group;
 };
 

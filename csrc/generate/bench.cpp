@@ -114,8 +114,8 @@ std::vector<BenchResult> run_bench(LogitsSource& source, int repetitions, uint64
 
 std::string bench_table(const BenchSubject& subject, const std::vector<BenchResult>& results,
                         int threads) {
-  std::vector<std::vector<std::string>> rows = {{"model", "size", "params", "weights", "engine",
-                                                 "threads", "test", "t/s", "median t/s"}};
+  std::vector<std::vector<std::string>> rows = {
+      {"model", "size", "params", "weights", "engine", "threads", "test", "t/s", "median t/s"}};
   const std::string engine = subject.instruction_set.empty()
                                  ? subject.engine
                                  : subject.engine + " " + subject.instruction_set;

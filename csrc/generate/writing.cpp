@@ -123,9 +123,8 @@ std::string confidence_table(const Written& written, const Tokenizer& tokenizer,
     logs += std::log(probability);
     std::snprintf(text, sizeof text, "%11.6f  ", probability);
     table += text;
-    table += token == tokenizer.end_of_text_id()
-                 ? "<|endoftext|>"
-                 : "\"" + visible(tokenizer.bytes_of(token)) + "\"";
+    table += token == tokenizer.end_of_text_id() ? "<|endoftext|>"
+                                                 : "\"" + visible(tokenizer.bytes_of(token)) + "\"";
     table += "\n";
   }
   if (written.probabilities.empty()) return table;

@@ -33,7 +33,7 @@ class TimedSource : public LogitsSource {
 };
 
 struct Timings {
-  double load_ms = 0;  // start of the process to a checked model, ready to read
+  double load_ms = 0;                    // start of the process to a checked model, ready to read
   std::optional<double> first_token_ms;  // start of the process to the first token
   std::optional<double> prefill_tokens_per_second;
   std::optional<double> decode_tokens_per_second;  // from the second token on, writing included
