@@ -1,4 +1,4 @@
-"""Exports: they compute what the model does, every bit is covered, and nothing is left of a bad one."""
+"""Exports: they compute what the model does, no bit is uncovered, a bad one leaves nothing."""
 
 import copy
 import importlib.util
@@ -15,6 +15,8 @@ import types
 import warnings
 import zipfile
 import zlib
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,8 @@ def make_model(kind="char", bias=True, **shape):
                 parameter.mul_(8)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        # The tied head likes the token that it has just read; positions are what makes it change.
+        model.transformer["wpe"].weight.mul_(4)
     return model.eval()
 
 
@@ -443,12 +447,11 @@ class FakeNative:
     """The native engine's interface over the plain model; `error` is added to its logits."""
 
     def __init__(self, error):
-        self.error, self.threads = error, 0
+        self.error = error
 
-    def Engine(self, path):  # noqa: N802
-        content = archive.read(type(path) is str and __import__("pathlib").Path(path))
-        shape = {k: v for k, v in content.index["config"].items()}
-        model = GPT(**shape).eval()
+    def Engine(self, path):
+        content = archive.read(Path(path))
+        model = GPT(**content.index["config"]).eval()
         model.load_state_dict(dequantized(content.tensors))
         eager = verify.Eager(model)
         error = self.error
@@ -522,7 +525,8 @@ def test_the_texts_of_verification_stand_at_both_ends_of_the_context(kind, block
     assert lengths[0] == 1
     assert lengths[1] == min(8, block)
     assert lengths[-1] == max(1, block - 1) + 3
-    assert all(0 <= int(t.min()) and int(t.max()) < model.config.vocab_size for t in texts)
+    assert min(int(t.min()) for t in texts) >= 0
+    assert max(int(t.max()) for t in texts) < model.config.vocab_size
     assert all(torch.equal(a, b) for a, b in zip(texts, verify.texts(model), strict=True))
 
 
@@ -745,7 +749,7 @@ def bpe(text, tokens, merges):
     parts = [symbols[value] for value in text.encode()]
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
     while True:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(pairwise(parts))
         best = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate([*pairs, None]))
         if best[0] == len(ranks):
             return [tokens.index(part) for part in parts]
