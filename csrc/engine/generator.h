@@ -23,8 +23,8 @@ struct GenerateOptions {
   Filters filters;
   uint64_t seed = 0;
   uint32_t row = 0;
-  double beta = 0.0;             // multiplies the reward
-  std::optional<int32_t> eos;    // ends the text when drawn; it is not given out
+  double beta = 0.0;           // multiplies the reward
+  std::optional<int32_t> eos;  // ends the text when drawn; it is not given out
   double calibration_temperature = 1.0;
   bool probabilities = false;
 };
