@@ -43,7 +43,7 @@ ALLOWED = {
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint"},
     "__main__": {"cli"},
-    "export": FILES,
+    "export": FILES | {"cli"},
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"}
 
