@@ -85,6 +85,16 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, but not {path.name!r}")
 
 
+def check_writable(output: Path) -> None:
+    """Raises: UsageError where --output could not be written at the end. Nothing is left there."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+
+
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of a model file, not verified yet."""
     if not path.exists():

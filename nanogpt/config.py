@@ -292,7 +292,9 @@ class TrainConfig:
 class SampleConfig:
     """Write text from a trained model."""
 
-    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    model: str = option(
+        "gpt.pth", "the model file: .pth, .safetensors, or .pt of export", metavar="PATH"
+    )
     prompt: str | None = option(
         None, "text to continue", auto="start a new document", metavar="TEXT"
     )
@@ -338,15 +340,43 @@ class SampleConfig:
     )
 
     engine: str = option(
-        "auto", "what computes", group="machine", choices=("auto", "torch", "native")
+        "auto",
+        "what computes; auto is native on a CPU where it is built",
+        group="machine",
+        choices=("auto", "torch", "native"),
     )
     device: str = option("auto", DEVICE_HELP, group="machine")
     kernels: str = option(
         "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
     )
     threads: int | None = option(
-        None, "CPU threads", group="machine", minimum=1, auto="one per core"
+        None, "CPU threads", group="machine", minimum=1, auto="one per core; native measures"
     )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model for other programs, and check what was written."""
+
+    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    output: str | None = option(
+        None,
+        "what to write: a file; a folder for hf",
+        auto="model.pt, model.safetensors, model-hf or model.gguf",
+        metavar="PATH",
+    )
+    format: str = option(
+        "torchscript",
+        "one file for libtorch and nanogpt-generate; ours; Hugging Face's GPT-2; llama.cpp's",
+        choices=("torchscript", "safetensors", "hf", "gguf"),
+    )
+    quantize: str = option(
+        "none",
+        "precision of the matrices, in torchscript and gguf",
+        choices=("none", "bf16", "int8"),
+    )
+    verify: bool = option(True, "read the file back and compare before it gets its name")
+    json: bool = option(False, "print one JSON object with the outcome")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanogpt import native
 from nanogpt.cache import KVCache
 from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -331,7 +332,8 @@ class Generation:
 
     Attributes:
         sequences: (B, T + new) int64, prompt included.
-        token_probabilities: (B, new) float64, the model's probability of each new token.
+        token_probabilities: (B, new) float64, the model's probability of each new token; 0 after
+            a row's own end.
         lengths: (B,) int64, the new tokens of each row before it stopped.
     """
 
@@ -356,6 +358,7 @@ def generate(
     first_row: int = 0,
     use_cache: bool = True,
     use_graph: bool | None = None,
+    engine: str = "torch",
     return_details: bool = False,
 ) -> torch.Tensor | Generation:
     """Continue texts.
@@ -371,17 +374,54 @@ def generate(
         first_row: the number of row 0 in the draw.
         use_cache: False recomputes the whole context for every token (the reference).
         use_graph: replay each step as a CUDA graph; by default on a CUDA device.
+        engine: "torch"; "native", the compiled engine for float32 models on the CPU, which draws
+            the same tokens but where two are nearly as likely; "auto", native where it can run.
         return_details: give a `Generation` with probabilities.
     Returns: (B, T + new) int64. new = max_new_tokens, unless `stop` or `eos_token_id` ended every
         row earlier; what follows a row's own end is filled with `eos_token_id`, or else with the
         tokenizer's end-of-text token.
-    Raises: ValueError for arguments out of range.
+    Raises: ValueError for arguments out of range; RuntimeError where engine="native" cannot run,
+        with the reason.
     """
     filters = Filters(temperature, top_k, top_p, min_p, repetition_penalty)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     stops = [stop] if isinstance(stop, str) else list(stop or ())
+    _check_prompt(tokens, model.config.vocab_size, model)
     ended = _row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
+    options: dict[str, Any] = {
+        "filters": filters,
+        "seed": int(torch.randint(2**62, ())) if seed is None and temperature > 0 else seed,
+        "first_row": first_row,
+        "probabilities": return_details,
+    }
+    if _picks_native(engine, model, use_cache and not use_graph):
+        new, of_new, lengths = _native_rows(model, tokens, max_new_tokens, ended, **options)
+    else:
+        options |= {"use_cache": use_cache, "use_graph": use_graph}
+        new, of_new, lengths = _columns(model, tokens, max_new_tokens, ended, **options)
+    beyond = torch.arange(new.shape[1], device=new.device) >= lengths.unsqueeze(1)
+    filler = eos_token_id
+    if filler is None and model.tokenizer is not None:
+        filler = model.tokenizer.end_of_text_id
+    new = new.masked_fill(beyond, 0 if filler is None else filler)
+    sequences = torch.cat([tokens, new], 1)
+    if not return_details:
+        return sequences
+    return Generation(sequences, of_new.masked_fill(beyond, 0.0), lengths.cpu())
+
+
+_Enders = list[Callable[[int], bool]] | None
+_Collected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _columns(
+    model: "GPT", tokens: torch.Tensor, max_new_tokens: int, ended: _Enders, **options: Any
+) -> _Collected:
+    """All rows step by step: ids (B, new), their probabilities (B, new), lengths (B,).
+
+    Until every row has ended; what a row has after its end does not count.
+    """
     was_training = model.training
     model.eval()
     chosen: list[torch.Tensor] = []
@@ -389,17 +429,7 @@ def generate(
     running = [True] * len(tokens)
     lengths = [0] * len(tokens)
     try:
-        for step in stream(
-            model,
-            tokens,
-            max_new_tokens,
-            filters=filters,
-            seed=seed,
-            first_row=first_row,
-            use_cache=use_cache,
-            use_graph=use_graph,
-            probabilities=return_details,
-        ):
+        for step in stream(model, tokens, max_new_tokens, **options):
             chosen.append(step.tokens)
             if step.probabilities is not None:
                 probabilities.append(step.probabilities)
@@ -413,22 +443,66 @@ def generate(
                 break
     finally:
         model.train(was_training)
-    new = torch.stack(chosen, 1) if chosen else tokens.new_empty(len(tokens), 0)  # (B, new)
+    new = torch.stack(chosen, 1) if chosen else tokens.new_empty(len(tokens), 0)
+    of_new = torch.zeros(new.shape, dtype=torch.float64, device=new.device)
+    if probabilities:
+        of_new = torch.stack(probabilities, 1)
     if ended is None:
         lengths = [new.shape[1]] * len(tokens)
-    else:
-        filler = eos_token_id
-        if filler is None and model.tokenizer is not None:
-            filler = model.tokenizer.end_of_text_id
-        beyond = torch.arange(new.shape[1], device=new.device) >= torch.tensor(
-            lengths, device=new.device
-        ).unsqueeze(1)
-        new = new.masked_fill(beyond, 0 if filler is None else filler)
-    sequences = torch.cat([tokens, new], 1)
-    if not return_details:
-        return sequences
-    of_chosen = torch.stack(probabilities, 1) if chosen else torch.empty(len(tokens), 0)
-    return Generation(sequences, of_chosen, torch.tensor(lengths))
+    return new, of_new, torch.tensor(lengths, device=new.device)
+
+
+def _native_rows(
+    model: "GPT",
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    ended: _Enders,
+    *,
+    filters: Filters,
+    seed: int | None,
+    first_row: int,
+    probabilities: bool,
+) -> _Collected:
+    """As `_columns`, row after row in the compiled engine."""
+    engine = native.engine_for(model)
+    rows: list[list[int]] = []
+    of_rows: list[list[float]] = []
+    for row, prompt in enumerate(tokens.tolist()):
+        ids: list[int] = []
+        of_ids: list[float] = []
+        steps = engine.stream(
+            prompt,
+            max_new_tokens,
+            **vars(filters),
+            seed=(seed or 0) & (2**64 - 1),
+            row=first_row + row,
+            probabilities=probabilities,
+        )
+        for token, probability in steps:
+            ids.append(token)
+            of_ids.append(probability or 0.0)
+            if ended is not None and ended[row](token):
+                break
+        rows.append(ids)
+        of_rows.append(of_ids)
+    lengths = torch.tensor([len(ids) for ids in rows])
+    new = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    of_new = torch.zeros(new.shape, dtype=torch.float64)
+    for row, (ids, of_ids) in enumerate(zip(rows, of_rows, strict=True)):
+        new[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        of_new[row, : len(ids)] = torch.tensor(of_ids, dtype=torch.float64)
+    return new, of_new, lengths
+
+
+def _picks_native(engine: str, model: "GPT", with_cache: bool) -> bool:
+    """Whether `engine` means the compiled one; a named engine never falls back."""
+    if engine not in ("auto", "torch", "native"):
+        raise ValueError(f"engine must be auto, torch or native, not {engine!r}")
+    if engine == "native" and not with_cache:
+        raise ValueError("use_cache=False and use_graph=True are of engine='torch'")
+    if engine == "auto":
+        return with_cache and native.unfit(model) is None
+    return engine == "native"
 
 
 class StopText:

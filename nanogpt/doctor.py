@@ -9,14 +9,14 @@ if __name__ == "__main__":
 
 import importlib.util
 import json
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 
 import torch
 
-from nanogpt import kernels, machine
+from nanogpt import kernels, machine, native
 from nanogpt.config import DoctorConfig
+from nanogpt.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run(config: DoctorConfig) -> int:
 def examine() -> list[Part]:
     """Everything that training and writing can use."""
     versions = machine.versions()
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = native.compiler()
     if torch.cuda.is_available():
         gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     elif torch.backends.mps.is_available():
@@ -79,14 +79,53 @@ def examine() -> list[Part]:
         Part(
             "C++ compiler",
             _first_line(compiler) if compiler else None,
-            "--compile on a CPU",
+            "the native engine, and --compile on a CPU",
             "apt-get install g++",
+        ),
+        *_native_parts(),
+        Part(
+            "GGUF files",
+            "gguf" if importlib.util.find_spec("gguf") else None,
+            "export --format gguf, for llama.cpp",
+            "pip install gguf",
         ),
         Part(
             "TensorBoard files",
             "tensorboardX" if importlib.util.find_spec("tensorboardX") else None,
             "curves in TensorBoard beside report.html",
             "pip install tensorboardX",
+        ),
+    ]
+
+
+def _native_parts() -> list[Part]:
+    """The engine, the binary and the plug-in."""
+    engine, reason = None, native.why_not()
+    if not reason:
+        try:
+            engine = native.describe()
+        except UsageError as error:  # $NANOGPT_ISA
+            reason = str(error)
+    program, plugin = native.program(), native.plugin()
+    build = "pip install --force-reinstall --no-deps . in the source folder builds it"
+    return [
+        Part(
+            "native engine",
+            engine,
+            "writing on a CPU several times as fast (sample --engine native), and model.pt there",
+            reason,
+        ),
+        Part(
+            native.PROGRAM,
+            None if program is None else str(program),
+            "writing from a model file without Python",
+            build,
+        ),
+        Part(
+            "TorchScript plug-in",
+            None if plugin is None else str(plugin),
+            f"{native.PROGRAM} --engine torchscript",
+            "make build, in the source folder, builds it against the installed torch",
         ),
     ]
 

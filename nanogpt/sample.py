@@ -13,25 +13,28 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from nanogpt import checkpoint, machine
+from nanogpt import checkpoint, machine, native
 from nanogpt.config import SampleConfig
 from nanogpt.decoding import Filters, StopText, stream
 from nanogpt.errors import InputError, UsageError
 from nanogpt.kernels.choice import refuse_shape
 from nanogpt.model import GPT
-from nanogpt.tokenizer import StreamDecoder, Tokenizer
+from nanogpt.tokenizer import StreamDecoder, Tokenizer, tokenizer_from_dict
+
+if TYPE_CHECKING:
+    from nanogpt._C import Engine
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model with the settings of one command."""
+    """A model, in torch or in the native engine, with the settings of one command."""
 
-    model: GPT
+    model: "GPT | Engine"
     tokenizer: Tokenizer
-    device: torch.device
     config: SampleConfig
     seed: int
 
@@ -49,6 +52,18 @@ class Writer:
         carry what was held back, with the id -1.
         """
         config = self.config
+        decoder, watch = StreamDecoder(self.tokenizer), StopText(config.stop)
+        for token, probability in self._steps(ids, row):
+            if token == self.tokenizer.end_of_text_id and not config.ignore_eos:
+                break
+            yield watch.feed(decoder.feed(token)), token, probability
+            if watch.found:
+                return
+        rest = watch.feed(decoder.flush())
+        yield rest + watch.flush(), -1, None
+
+    def _steps(self, ids: list[int], row: int) -> Iterator[tuple[int, float | None]]:
+        config = self.config
         filters = Filters(
             config.temperature,
             config.top_k,
@@ -56,26 +71,27 @@ class Writer:
             config.min_p,
             config.repetition_penalty,
         )
-        decoder, watch = StreamDecoder(self.tokenizer), StopText(config.stop)
-        steps = stream(
+        if not isinstance(self.model, GPT):
+            yield from self.model.stream(
+                ids,
+                config.max_new_tokens,
+                **vars(filters),
+                seed=self.seed,
+                row=row,
+                probabilities=config.json,
+            )
+            return
+        for step in stream(
             self.model,
-            torch.tensor([ids], device=self.device),
+            torch.tensor([ids], device=self.model.token_weight.device),
             config.max_new_tokens,
             filters=filters,
             seed=self.seed,
             first_row=row,
             probabilities=config.json,
-        )
-        for step in steps:
-            token = int(step.tokens)
-            if token == self.tokenizer.end_of_text_id and not config.ignore_eos:
-                break
+        ):
             probability = None if step.probabilities is None else float(step.probabilities)
-            yield watch.feed(decoder.feed(token)), token, probability
-            if watch.found:
-                return
-        rest = watch.feed(decoder.flush())
-        yield rest + watch.flush(), -1, None
+            yield int(step.tokens), probability
 
 
 def run(config: SampleConfig) -> int:
@@ -83,15 +99,40 @@ def run(config: SampleConfig) -> int:
     device = machine.resolve_device(config.device)
     machine.check_kernels(config.kernels, device)
     machine.set_threads(config.threads)
-    if config.engine == "native":
-        raise UsageError("--engine native: this version of nanogpt has no native engine; use torch")
     if config.prompt is not None and config.file is not None:
         raise UsageError("--prompt and --file exclude each other")
     if config.chat and config.json:
         raise UsageError("--chat and --json exclude each other")
-    model, tokenizer = checkpoint.load(config.model, device)
+    model, tokenizer = _load(config, device)
+    seed = int(torch.seed() % 2**62) if config.seed is None else config.seed
+    writer = Writer(model, tokenizer, config, seed)
+    if config.chat:
+        return _chat(writer)
+    prompt = _read_prompt(config)
+    ids = writer.encode(prompt)
+    return _print_json(writer, ids) if config.json else _print_text(writer, ids, prompt)
+
+
+def _load(config: SampleConfig, device: torch.device) -> "tuple[GPT | Engine, Tokenizer]":
+    """What computes, by --engine, and the tokenizer.
+
+    `auto` is the native engine on a CPU where it is built. An exported model.pt is read by that
+    engine alone.
+    """
+    exported = Path(config.model).suffix == native.EXPORT_SUFFIX
+    reason = _why_not_native(config, device, exported)
+    if exported:
+        if reason is not None:
+            raise UsageError(f"{config.model} is an export, for the native engine: {reason}")
+        engine = native.open_file(config.model, config.threads or 0)
+        return engine, _tokenizer_of(engine, config.model)
+    if reason is not None and config.engine == "native":
+        raise UsageError(f"--engine native: {reason}")
+    model, tokenizer = checkpoint.load(config.model, "cpu" if reason is None else device)
     if tokenizer is None:
         raise InputError(f"{config.model} holds no tokenizer, so it cannot write text")
+    if reason is None:
+        return native.engine_for(model, config.threads or 0), tokenizer
     if config.kernels == "triton":
         shape = model.config
         width = shape.n_embd // shape.n_head
@@ -99,14 +140,28 @@ def run(config: SampleConfig) -> int:
             refuse_shape(device, shape.n_head, width, model.token_weight.dtype)
         except RuntimeError as error:
             raise UsageError(f"--kernels triton: {error}; use auto") from None
-    model.set_kernels(config.kernels)
-    seed = int(torch.seed() % 2**62) if config.seed is None else config.seed
-    writer = Writer(model, tokenizer, device, config, seed)
-    if config.chat:
-        return _chat(writer)
-    prompt = _read_prompt(config)
-    ids = writer.encode(prompt)
-    return _print_json(writer, ids) if config.json else _print_text(writer, ids, prompt)
+    return model.set_kernels(config.kernels), tokenizer
+
+
+def _why_not_native(config: SampleConfig, device: torch.device, exported: bool) -> str | None:
+    """Why the native engine is not what computes, or None where it is."""
+    if config.engine == "torch":
+        return "--engine torch was asked for"
+    if config.kernels != "auto":
+        return f"--kernels {config.kernels} is for --engine torch"
+    faster = config.device == "auto" and config.engine == "auto" and not exported
+    if device.type != "cpu" and (config.device != "auto" or faster):
+        return f"it computes on the CPU, not on {device}"
+    return native.why_not() or None
+
+
+def _tokenizer_of(engine: "Engine", path: str) -> Tokenizer:
+    if not engine.tokenizer_json:
+        raise InputError(f"{path} holds no tokenizer, so it cannot write text")
+    tokenizer = tokenizer_from_dict(json.loads(engine.tokenizer_json))
+    if tokenizer.vocab_size != engine.config["vocab_size"]:
+        raise InputError(f"{path} is damaged: its tokenizer does not fit its configuration")
+    return tokenizer
 
 
 def _read_prompt(config: SampleConfig) -> str:

@@ -195,7 +195,7 @@ class BPETokenizer(Tokenizer):
         names = [self._backend.id_to_token(i) or "" for i in range(size)]
         if "" in names or size < 257 or names[-1] != END_OF_TEXT:
             raise InputError(f"the bpe tokenizer is damaged: its last token is not {END_OF_TEXT}")
-        values = {symbol: value for value, symbol in _byte_symbols().items()}
+        values = {symbol: value for value, symbol in byte_symbols().items()}
         try:
             self.token_bytes = [*(bytes(values[c] for c in name) for name in names[:-1]), b""]
         except KeyError:
@@ -219,7 +219,7 @@ class BPETokenizer(Tokenizer):
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
-            initial_alphabet=sorted(_byte_symbols().values()),
+            initial_alphabet=sorted(byte_symbols().values()),
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
@@ -272,7 +272,7 @@ def _utf8(text: str) -> bytes:
         raise UnknownCharacterError(text[error.start], error.start) from None
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """GPT-2's visible character for every byte."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = {value: chr(value) for value in visible}

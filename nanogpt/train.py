@@ -18,7 +18,6 @@ import json
 import math
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -434,12 +433,7 @@ def _check_output(output: Path) -> None:
     checkpoint.check_suffix(output)
     if output.exists() and not output.is_file():
         raise UsageError(f"--output {output} exists and is not a file")
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+    checkpoint.check_writable(output)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 // A model on disk: the TorchScript archive of `export`, or a .safetensors model file.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,9 @@ class ModelFile {
   // Reads structure, metadata and index. Throws InputError where the file is missing, damaged or
   // foreign. No tensor's bytes have been checked yet.
   explicit ModelFile(const std::string& path);
+  // The same from a file's bytes in memory, which must outlive this object; `name` stands for the
+  // path in sentences. Tensors lie as aligned as the bytes do.
+  ModelFile(const std::string& name, const void* bytes, size_t size);
   ~ModelFile();
   ModelFile(const ModelFile&) = delete;
   ModelFile& operator=(const ModelFile&) = delete;

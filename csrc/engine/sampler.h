@@ -33,26 +33,51 @@ class Sampler {
   // `seed` is not used at temperature 0.
   Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row = 0,
           uint32_t stream = 0);
-  // Marks tokens of the text, for the repetition penalty.
+  // Marks tokens of the text, for the repetition penalty. Throws UsageError for an id outside the
+  // vocabulary.
   void see(const int32_t* tokens, size_t count);
   // The id for the token that will stand at `position` of the text. `tilt`, or null: (V) float64
   // added to the log-probabilities that the filters left (beta * reward). Marks the id as seen.
-  // Ties go to the lowest id; temperature 0 takes the likeliest (after the tilt).
+  // Ties go to the lowest id; temperature 0 takes the likeliest (after the tilt). Throws InputError
+  // where a logit or a tilt is NaN or +inf, or where nothing is left to choose from.
   int32_t next(const float* logits, uint32_t position, const double* tilt = nullptr);
 
  private:
-  struct Buffers;
+  struct Candidate {
+    double probability;
+    int32_t id;
+  };
+
+  void keep_top_k(int64_t k);
+  void keep_top_p(double p);
+  void keep_min_p(double min_p);
+  void add_tilt(const double* tilt, uint32_t position);
+  int32_t first_of(double value) const;
+  int32_t draw(uint32_t position);
+  void widen_list();
+
   int64_t vocab_size_;
   Filters filters_;
   uint64_t seed_;
   uint32_t row_, stream_;
   std::vector<uint8_t> seen_;
-  std::vector<double> kept_;
-  std::vector<int32_t> order_;
+  std::vector<int32_t> seen_ids_;
+  // Log-probabilities up to a constant, in blocks: what is beyond V is -inf. Where `listed_`, only
+  // the first `count_` ids of `ids_` are kept, whatever the others hold.
+  std::vector<double> values_;
+  std::vector<double> block_maxima_;
+  double maximum_ = 0.0;
+  bool listed_ = false;
+  std::vector<int32_t> ids_;
+  int64_t count_ = 0;
+  std::vector<double> scratch_;
+  std::vector<double> weights_;
+  std::vector<Candidate> candidates_;
 };
 
 // softmax(logits / temperature)[id] in float64: the model's own probability of an id before any
-// filter, at its calibration temperature (1 where there is none).
+// filter, at its calibration temperature (1 where there is none). Throws UsageError for an id
+// outside the vocabulary or a temperature that is not above 0.
 double probability_of(const float* logits, int64_t vocab_size, int32_t id, double temperature);
 
 }  // namespace nanogpt

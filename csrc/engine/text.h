@@ -22,13 +22,21 @@ class Utf8Stream {
 // turns true once one has appeared, and nothing from its beginning on is given out.
 class StopText {
  public:
+  // Throws UsageError for a stop text that is not UTF-8: it could end inside a character.
   explicit StopText(std::vector<std::string> stops);
+  // `text` is UTF-8 of whole characters. Takes time in proportion to it.
   std::string feed(std::string_view text);
   std::string flush();
   bool found() const { return found_; }
 
  private:
-  std::vector<std::string> stops_;
+  // One stop text, followed as in the algorithm of Knuth, Morris and Pratt.
+  struct Stop {
+    std::string text;
+    std::vector<size_t> border;  // of every beginning, the longest end of it that begins it too
+    size_t matched = 0;          // bytes of it that what was fed ends with
+  };
+  std::vector<Stop> stops_;
   std::string held_;
   bool found_ = false;
 };

@@ -1,0 +1,654 @@
+// nanogpt._C: the engine, the tokenizers and the sampler in Python.
+//
+// Weights are shared with whoever gave them, never copied; logits are given as new arrays. The GIL
+// is released while something is computed, and one mutex an engine keeps two threads apart.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "engine/decoder.h"
+#include "engine/error.h"
+#include "engine/generator.h"
+#include "engine/model_file.h"
+#include "engine/sampler.h"
+#include "engine/text.h"
+#include "engine/thread_pool.h"
+#include "engine/tokenizer.h"
+#include "engine/weights.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using nanogpt::Config;
+using nanogpt::Decoder;
+using nanogpt::DType;
+using nanogpt::Filters;
+using nanogpt::Generator;
+using nanogpt::InputError;
+using nanogpt::ModelFile;
+using nanogpt::Sampler;
+using nanogpt::Step;
+using nanogpt::StopText;
+using nanogpt::Tokenizer;
+using nanogpt::UsageError;
+using nanogpt::Utf8Stream;
+using nanogpt::Weights;
+
+using Floats = py::array_t<float, py::array::c_style>;
+
+// Ids from a list or an integer array of one dimension, each checked before it becomes 32 bits.
+std::vector<int32_t> ids_of(const py::handle& object, int64_t vocab_size) {
+  py::array given = py::array::ensure(object);
+  if (!given) {
+    PyErr_Clear();
+    throw py::value_error("tokens must be a list or an array of whole numbers");
+  }
+  if (given.ndim() != 1) throw py::value_error("tokens must have one dimension");
+  if (given.size() == 0) return {};
+  const char kind = given.dtype().kind();
+  if (kind != 'i' && kind != 'u') throw py::value_error("tokens must be whole numbers");
+  // An id above int64 wraps to a negative one, which is refused below.
+  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(given);
+  const auto values = wide.unchecked<1>();
+  std::vector<int32_t> ids(static_cast<size_t>(values.shape(0)));
+  for (py::ssize_t i = 0; i < values.shape(0); ++i) {
+    if (values(i) < 0 || values(i) >= vocab_size) {
+      throw UsageError("token " + std::to_string(values(i)) + " is outside the vocabulary of " +
+                       std::to_string(vocab_size));
+    }
+    ids[static_cast<size_t>(i)] = static_cast<int32_t>(values(i));
+  }
+  return ids;
+}
+
+// UTF-8 of a str, or the bytes as they are.
+std::string utf8_of(const py::handle& text) {
+  if (PyBytes_Check(text.ptr())) return py::reinterpret_borrow<py::bytes>(text);
+  if (!PyUnicode_Check(text.ptr())) throw py::type_error("text must be a str or bytes");
+  Py_ssize_t size = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
+  py::error_already_set error;
+  if (!error.matches(PyExc_UnicodeEncodeError)) throw error;
+  // Half of a character, which no vocabulary has.
+  const py::object at = error.value().attr("start");
+  const py::object type = py::module_::import("nanogpt.tokenizer").attr("UnknownCharacterError");
+  const py::object unknown = type(text[at], at);
+  PyErr_SetObject(type.ptr(), unknown.ptr());
+  throw py::error_already_set();
+}
+
+Filters filters_of(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                   std::optional<double> min_p, double repetition_penalty) {
+  Filters filters{temperature, top_k, top_p, min_p, repetition_penalty};
+  filters.check();
+  return filters;
+}
+
+int64_t whole_number(const py::dict& config, const char* name) {
+  if (!config.contains(name)) throw InputError(std::string("the configuration lacks ") + name);
+  try {
+    return config[name].cast<int64_t>();
+  } catch (const py::cast_error&) {
+    throw InputError(std::string("the configuration's ") + name + " is not a whole number");
+  }
+}
+
+Config config_of(const py::dict& given) {
+  Config config;
+  config.vocab_size = whole_number(given, "vocab_size");
+  config.block_size = whole_number(given, "block_size");
+  config.n_layer = whole_number(given, "n_layer");
+  config.n_head = whole_number(given, "n_head");
+  config.n_embd = whole_number(given, "n_embd");
+  config.bias = given.contains("bias") && py::bool_(given["bias"]);
+  return config;
+}
+
+// A view of a Python buffer; `dtype` says what 16 bits mean, as Python has no word for bfloat16.
+nanogpt::Tensor tensor_of(const std::string& name, const py::buffer_info& info,
+                          std::optional<std::string> dtype) {
+  const std::string format = info.format;
+  if (!dtype) {
+    if (format == "f") dtype = "float32";
+    if (format == "b") dtype = "int8";
+    if (!dtype) {
+      throw UsageError("tensor " + name + ": elements of format '" + format +
+                       "' need a dtype: bfloat16 as 16-bit whole numbers");
+    }
+  }
+  const std::optional<DType> known = nanogpt::dtype_named(*dtype);
+  if (!known) throw UsageError("tensor " + name + ": there is no dtype " + *dtype);
+  const size_t width = nanogpt::bytes_of(*known);
+  if (static_cast<size_t>(info.itemsize) != width) {
+    throw UsageError("tensor " + name + ": elements of " + std::to_string(info.itemsize) +
+                     " bytes are not " + *dtype);
+  }
+  nanogpt::Tensor tensor;
+  tensor.dtype = *known;
+  size_t elements = 1;
+  for (py::ssize_t axis = info.ndim; axis-- > 0;) {
+    if (info.shape[axis] > 1 && info.strides[axis] != static_cast<py::ssize_t>(elements * width)) {
+      throw UsageError("tensor " + name + " must be contiguous, in row-major order");
+    }
+    elements *= static_cast<size_t>(info.shape[axis]);  // no more than the buffer holds
+  }
+  if (reinterpret_cast<uintptr_t>(info.ptr) % width != 0) {
+    throw UsageError("tensor " + name + " does not lie at a multiple of its element's size");
+  }
+  tensor.shape.assign(info.shape.begin(), info.shape.end());
+  tensor.data = info.ptr;
+  tensor.bytes = elements * width;
+  return tensor;
+}
+
+class TokenStream;
+
+// A model that is ready to compute.
+class Engine {
+ public:
+  Engine(const std::string& path, int threads, bool verify) {
+    check_threads(threads);
+    py::gil_scoped_release release;
+    file_ = std::make_unique<ModelFile>(path);
+    if (verify) file_->verify(threads > 0 ? threads : nanogpt::usable_cpus());
+    weights_ = file_->weights();
+    tokenizer_json_ = file_->tokenizer_json();
+    calibration_ = file_->calibration_temperature();
+    quantization_ = file_->quantization();
+    start(threads);
+  }
+
+  Engine(const py::dict& config, const py::dict& tensors, const py::dict& dtypes, int threads,
+         const std::string& tokenizer_json, std::optional<double> calibration) {
+    check_threads(threads);
+    weights_.config = config_of(config);
+    buffers_.reserve(tensors.size());
+    for (const auto& [key, value] : tensors) {
+      const auto name = py::cast<std::string>(key);
+      if (!py::isinstance<py::buffer>(value)) {
+        throw UsageError("tensor " + name + " is not an array");
+      }
+      buffers_.push_back(py::reinterpret_borrow<py::buffer>(value).request());
+      std::optional<std::string> dtype;
+      if (dtypes.contains(key)) dtype = py::cast<std::string>(dtypes[key]);
+      const nanogpt::Tensor tensor = tensor_of(name, buffers_.back(), dtype);
+      if (tensor.dtype == DType::i8) quantization_ = "int8";
+      if (tensor.dtype == DType::bf16 && quantization_ != "int8") quantization_ = "bf16";
+      weights_.tensors.emplace(name, tensor);
+    }
+    tokenizer_json_ = tokenizer_json;
+    calibration_ = calibration;
+    py::gil_scoped_release release;
+    start(threads);
+  }
+
+  const Config& config() const { return weights_.config; }
+
+  py::dict config_dict() const {
+    const Config& c = config();
+    return py::dict("vocab_size"_a = c.vocab_size, "block_size"_a = c.block_size,
+                    "n_layer"_a = c.n_layer, "n_head"_a = c.n_head, "n_embd"_a = c.n_embd,
+                    "bias"_a = c.bias);
+  }
+
+  int threads() const { return decoder_->threads(); }
+  const char* instruction_set() const { return decoder_->instruction_set(); }
+  const std::string& quantization() const { return quantization_; }
+  std::optional<double> calibration() const { return calibration_; }
+  const std::string& tokenizer_json() const { return tokenizer_json_; }
+
+  // Made when it is first asked for: a large vocabulary takes longer to read than the model.
+  std::shared_ptr<Tokenizer> tokenizer() {
+    if (!tokenizer_ && !tokenizer_json_.empty()) {
+      std::shared_ptr<Tokenizer> made = Tokenizer::from_json(tokenizer_json_);
+      if (made->vocab_size() != config().vocab_size) {
+        throw InputError("the tokenizer has " + std::to_string(made->vocab_size()) +
+                         " ids, the model " + std::to_string(config().vocab_size));
+      }
+      tokenizer_ = std::move(made);
+    }
+    return tokenizer_;
+  }
+
+  int64_t length() {
+    const auto turn = take_turn();
+    return decoder_->length();
+  }
+
+  void reset() {
+    const auto turn = take_turn();
+    begin();
+  }
+
+  Floats logits(const py::handle& tokens) {
+    const auto ids = some_ids(tokens);
+    const auto count = static_cast<py::ssize_t>(ids.size());
+    check_context(static_cast<int64_t>(ids.size()));  // before memory is asked for
+    Floats out({count, static_cast<py::ssize_t>(config().vocab_size)});
+    float* data = out.mutable_data();
+    {
+      const auto turn = take_turn();
+      begin();
+      decoder_->append_all(ids.data(), count, data);
+    }
+    return out;
+  }
+
+  Floats prefill(const py::handle& tokens) {
+    const auto ids = some_ids(tokens);
+    Floats out(static_cast<py::ssize_t>(config().vocab_size));
+    append(ids, out, true);
+    return out;
+  }
+
+  Floats decode(int64_t token) {
+    if (token < 0 || token >= config().vocab_size) {
+      throw UsageError("token " + std::to_string(token) + " is outside the vocabulary of " +
+                       std::to_string(config().vocab_size));
+    }
+    Floats out(static_cast<py::ssize_t>(config().vocab_size));
+    append({static_cast<int32_t>(token)}, out, false);
+    return out;
+  }
+
+  std::vector<int32_t> some_ids(const py::handle& tokens) const {
+    auto ids = ids_of(tokens, config().vocab_size);
+    if (ids.empty()) throw UsageError("tokens must hold at least one token");
+    return ids;
+  }
+
+ private:
+  friend class TokenStream;
+
+  // The GIL is let go before the mutex is waited for, so that whoever has it can finish.
+  struct Turn {
+    py::gil_scoped_release release;
+    std::unique_lock<std::mutex> lock;
+  };
+  std::unique_ptr<Turn> take_turn() {
+    auto turn = std::make_unique<Turn>();
+    turn->lock = std::unique_lock<std::mutex>(mutex_);
+    return turn;
+  }
+
+  static void check_threads(int threads) {
+    if (threads < 0) throw UsageError("threads must be at least 0");
+  }
+
+  void check_context(int64_t tokens) const {
+    if (tokens > config().block_size) {
+      throw UsageError(std::to_string(tokens) + " tokens do not fit the context of " +
+                       std::to_string(config().block_size));
+    }
+  }
+
+  void start(int threads) {
+    nanogpt::check(weights_);
+    decoder_ = std::make_unique<Decoder>(weights_, threads);
+  }
+
+  // The context is begun anew, so that an unfinished stream cannot go on.
+  void begin() {
+    ++era_;
+    decoder_->reset();
+  }
+
+  void append(const std::vector<int32_t>& ids, Floats& out, bool anew) {
+    float* data = out.mutable_data();
+    const auto turn = take_turn();
+    if (anew) {
+      begin();
+    } else {
+      ++era_;
+    }
+    const float* logits = decoder_->append(ids.data(), static_cast<int64_t>(ids.size()));
+    std::copy(logits, logits + config().vocab_size, data);
+  }
+
+  std::vector<py::buffer_info> buffers_;  // of from_tensors: keep Python's memory where it is
+  std::unique_ptr<ModelFile> file_;       // of a path
+  Weights weights_;
+  std::string tokenizer_json_;
+  std::shared_ptr<Tokenizer> tokenizer_;
+  std::optional<double> calibration_;
+  std::string quantization_ = "none";
+  std::unique_ptr<Decoder> decoder_;  // after what it points into, so that it goes first
+  std::mutex mutex_;
+  uint64_t era_ = 0;
+};
+
+// The new tokens of one text, as an iterator. It owns the engine's context until something else
+// uses the engine.
+class TokenStream {
+ public:
+  TokenStream(std::shared_ptr<Engine> engine, std::vector<int32_t> prompt,
+              const nanogpt::GenerateOptions& options)
+      : engine_(std::move(engine)), probabilities_(options.probabilities) {
+    const auto turn = engine_->take_turn();
+    engine_->begin();
+    era_ = engine_->era_;
+    generator_ = std::make_unique<Generator>(*engine_->decoder_, std::move(prompt), options);
+  }
+
+  bool probabilities() const { return probabilities_; }
+
+  std::optional<Step> next() {
+    const auto turn = engine_->take_turn();
+    return next_in_turn();
+  }
+
+  // Everything that is left. Ctrl-C is looked for a few times a second.
+  std::vector<Step> rest() {
+    using Clock = std::chrono::steady_clock;
+    std::vector<Step> steps;
+    const auto turn = engine_->take_turn();
+    auto looked = Clock::now();
+    while (const auto step = next_in_turn()) {
+      steps.push_back(*step);
+      if (Clock::now() - looked > std::chrono::milliseconds(100)) {
+        turn->lock.unlock();
+        {
+          py::gil_scoped_acquire acquire;
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
+        turn->lock.lock();
+        looked = Clock::now();
+      }
+    }
+    return steps;
+  }
+
+ private:
+  std::optional<Step> next_in_turn() {
+    if (era_ != engine_->era_) {
+      throw std::runtime_error("the engine's context has been used for something else meanwhile");
+    }
+    return generator_->next();
+  }
+
+  std::shared_ptr<Engine> engine_;
+  std::unique_ptr<Generator> generator_;
+  bool probabilities_;
+  uint64_t era_ = 0;
+};
+
+std::shared_ptr<TokenStream> stream_of(std::shared_ptr<Engine> engine, const py::handle& tokens,
+                                       int64_t max_new_tokens, double temperature,
+                                       std::optional<int64_t> top_k, std::optional<double> top_p,
+                                       std::optional<double> min_p, double repetition_penalty,
+                                       uint64_t seed, uint32_t row, std::optional<int64_t> eos,
+                                       bool probabilities) {
+  nanogpt::GenerateOptions options;
+  if (max_new_tokens < 0) throw UsageError("max_new_tokens must be at least 0");
+  options.max_new_tokens = max_new_tokens;
+  options.filters = filters_of(temperature, top_k, top_p, min_p, repetition_penalty);
+  options.seed = seed;
+  options.row = row;
+  // An id that no token has never ends a text, as in Python.
+  if (eos && *eos >= 0 && *eos < engine->config().vocab_size) {
+    options.eos = static_cast<int32_t>(*eos);
+  }
+  options.calibration_temperature = engine->calibration().value_or(1.0);
+  options.probabilities = probabilities;
+  auto prompt = engine->some_ids(tokens);
+  return std::make_shared<TokenStream>(std::move(engine), std::move(prompt), options);
+}
+
+// What a decoder takes here; asked of one for the smallest model.
+std::string instruction_set() {
+  const std::vector<float> zeros(64, 0.0F);
+  Weights weights;
+  weights.config = Config{1, 1, 1, 1, 4, false};
+  const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
+    size_t elements = 1;
+    for (const int64_t size : shape) elements *= static_cast<size_t>(size);
+    weights.tensors[name] =
+        nanogpt::Tensor{DType::f32, std::move(shape), zeros.data(), elements * sizeof(float)};
+  };
+  const std::string layer = "transformer.h.0.";
+  add("transformer.wte.weight", {1, 4});
+  add("transformer.wpe.weight", {1, 4});
+  add(layer + "ln_1.weight", {4});
+  add(layer + "attn.c_attn.weight", {12, 4});
+  add(layer + "attn.c_proj.weight", {4, 4});
+  add(layer + "ln_2.weight", {4});
+  add(layer + "mlp.c_fc.weight", {16, 4});
+  add(layer + "mlp.c_proj.weight", {4, 16});
+  add("transformer.ln_f.weight", {4});
+  return Decoder(weights, 1).instruction_set();
+}
+
+// Python's exceptions of the same meaning, made where they are first needed.
+void translate(std::exception_ptr thrown) {
+  const char* name = nullptr;
+  std::string sentence;
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+    return;
+  } catch (const InputError& error) {
+    name = "InputError";
+    sentence = error.what();
+  } catch (const UsageError& error) {
+    name = "UsageError";
+    sentence = error.what();
+  }
+  const py::object type = py::module_::import("nanogpt.errors").attr(name);
+  // A sentence may quote bytes of a damaged file.
+  PyObject* text = PyUnicode_DecodeUTF8(sentence.data(), static_cast<Py_ssize_t>(sentence.size()),
+                                        "backslashreplace");
+  if (text == nullptr) return;  // Python's own error is set
+  PyErr_SetObject(type.ptr(), text);
+  Py_DECREF(text);
+}
+
+void bind_engine(py::module_& module) {
+  py::class_<TokenStream, std::shared_ptr<TokenStream>>(
+      module, "TokenStream", "An iterator over (id, probability or None) of one text.")
+      .def("__iter__", [](py::object self) { return self; })
+      .def("__next__", [](TokenStream& self) {
+        const auto step = self.next();
+        if (!step) throw py::stop_iteration();
+        py::object probability = py::none();
+        if (self.probabilities()) probability = py::float_(step->probability);
+        return py::make_tuple(step->token, probability);
+      });
+
+  py::class_<Engine, std::shared_ptr<Engine>>(
+      module, "Engine",
+      "A GPT that computes on the CPU without torch.\n\n"
+      "V vocabulary, T tokens, block_size tokens of context. One context, which prefill, decode,\n"
+      "logits, generate and stream share.")
+      .def(py::init<const std::string&, int, bool>(), "path"_a, "threads"_a = 0, py::kw_only(),
+           "verify"_a = true,
+           "Map an exported model.pt or a .safetensors model file.\n\n"
+           "threads=0 chooses by measurement. verify compares every byte that is used with its\n"
+           "check sum. Raises InputError where the file is missing, damaged or foreign.")
+      .def_static(
+          "from_tensors",
+          [](const py::dict& config, const py::dict& tensors, const py::dict& dtypes, int threads,
+             const std::string& tokenizer_json, std::optional<double> calibration) {
+            return std::make_shared<Engine>(config, tensors, dtypes, threads, tokenizer_json,
+                                            calibration);
+          },
+          "config"_a, "tensors"_a, py::kw_only(), "dtypes"_a = py::dict(), "threads"_a = 0,
+          "tokenizer_json"_a = "", "calibration_temperature"_a = py::none(),
+          "From tensors by their names in the state dict, as contiguous buffers that are "
+          "shared.\n\n"
+          "float32 and int8 buffers speak for themselves; bfloat16 comes as 16-bit whole numbers\n"
+          "with {name: \"bfloat16\"} in dtypes. An int8 matrix has its scales under name.scale.\n"
+          "Raises InputError where the tensors do not fit the configuration, UsageError for a\n"
+          "buffer that cannot be shared.")
+      .def_property_readonly("config", &Engine::config_dict, "The shape, as GPTConfig's fields.")
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("instruction_set", &Engine::instruction_set)
+      .def_property_readonly("quantization", &Engine::quantization,
+                             "\"none\", \"bf16\" or \"int8\"")
+      .def_property_readonly("calibration_temperature", &Engine::calibration)
+      .def_property_readonly("tokenizer", &Engine::tokenizer, "The Tokenizer, or None.")
+      .def_property_readonly("tokenizer_json", &Engine::tokenizer_json,
+                             "Its description as JSON, empty where there is none.")
+      .def_property_readonly("length", &Engine::length, "Tokens in the context.")
+      .def("reset", &Engine::reset, "Forget the context.")
+      .def("logits", &Engine::logits, "tokens"_a,
+           "(T, V) float32: the logits after each of T <= block_size tokens, in a new context.")
+      .def("prefill", &Engine::prefill, "tokens"_a,
+           "(V,) float32: the logits of what follows these tokens, in a new context.")
+      .def("decode", &Engine::decode, "token"_a,
+           "(V,) float32: the logits of what follows one more token.")
+      .def("stream", &stream_of, "tokens"_a, "max_new_tokens"_a, py::kw_only(),
+           "temperature"_a = 1.0, "top_k"_a = py::none(), "top_p"_a = py::none(),
+           "min_p"_a = py::none(), "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0,
+           "eos"_a = py::none(), "probabilities"_a = false,
+           "Continue a text, token by token: an iterator over (id, probability or None).\n\n"
+           "tokens may be longer than the context. eos ends the text and is not given out. The\n"
+           "draw is that of nanogpt.decoding, so the same seed and row give the same text. A\n"
+           "stream cannot go on once the engine has been used for something else.")
+      .def(
+          "generate",
+          [](std::shared_ptr<Engine> engine, const py::handle& tokens, int64_t max_new_tokens,
+             double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+             std::optional<double> min_p, double repetition_penalty, uint64_t seed, uint32_t row,
+             std::optional<int64_t> eos, bool probabilities) {
+            const auto stream =
+                stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k, top_p,
+                          min_p, repetition_penalty, seed, row, eos, probabilities);
+            py::list ids, of_ids;
+            for (const Step& step : stream->rest()) {
+              ids.append(step.token);
+              if (probabilities) of_ids.append(step.probability);
+            }
+            return py::make_tuple(ids, of_ids);
+          },
+          "tokens"_a, "max_new_tokens"_a, py::kw_only(), "temperature"_a = 1.0,
+          "top_k"_a = py::none(), "top_p"_a = py::none(), "min_p"_a = py::none(),
+          "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0, "eos"_a = py::none(),
+          "probabilities"_a = false,
+          "As stream, at once: (new ids, their probabilities, empty unless asked for).");
+}
+
+void bind_text(py::module_& module) {
+  py::class_<Tokenizer, std::shared_ptr<Tokenizer>>(module, "Tokenizer",
+                                                    "Text to ids and back, as nanogpt.tokenizer.")
+      .def_static(
+          "from_json",
+          [](const py::handle& json) {
+            return std::shared_ptr<Tokenizer>(Tokenizer::from_json(utf8_of(json)));
+          },
+          "json"_a, "From the JSON of Tokenizer.to_dict. Raises InputError where it is damaged.")
+      .def(
+          "encode",
+          [](const Tokenizer& self, const py::handle& text) {
+            const std::string raw = utf8_of(text);
+            py::gil_scoped_release release;
+            return self.encode(raw);
+          },
+          "text"_a,
+          "Ids of a str or of UTF-8 bytes. Raises InputError for what the vocabulary lacks.")
+      .def(
+          "decode",
+          [](const Tokenizer& self, const py::handle& ids) {
+            return self.decode(ids_of(ids, self.vocab_size()));
+          },
+          "ids"_a, "Text of ids; bytes that are not UTF-8 become U+FFFD.")
+      .def(
+          "bytes_of",
+          [](const Tokenizer& self, int32_t id) {
+            return py::bytes(std::string(self.bytes_of(id)));
+          },
+          "id"_a, "Raw bytes of an id, empty for the special token.")
+      .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
+      .def_property_readonly("end_of_text_id", &Tokenizer::end_of_text_id);
+
+  py::class_<Utf8Stream>(module, "Utf8Stream", "Bytes to whole characters, as codecs' \"replace\".")
+      .def(py::init<>())
+      .def(
+          "feed",
+          [](Utf8Stream& self, const py::bytes& raw) { return self.feed(std::string(raw)); },
+          "raw"_a)
+      .def("flush", &Utf8Stream::flush);
+
+  py::class_<StopText>(module, "StopText", "As nanogpt.decoding.StopText.")
+      .def(py::init<std::vector<std::string>>(), "stops"_a)
+      .def(
+          "feed", [](StopText& self, const std::string& text) { return self.feed(text); }, "text"_a)
+      .def("flush", &StopText::flush)
+      .def_property_readonly("found", &StopText::found);
+}
+
+// A sampler that checks what Python gives it.
+struct CheckedSampler {
+  int64_t vocab_size;
+  Sampler sampler;
+
+  int32_t next(const Floats& logits, uint32_t position,
+               const std::optional<py::array_t<double, py::array::c_style>>& tilt) {
+    if (logits.ndim() != 1 || logits.shape(0) != vocab_size ||
+        (tilt && (tilt->ndim() != 1 || tilt->shape(0) != vocab_size))) {
+      throw py::value_error("logits and tilt must be of shape (" + std::to_string(vocab_size) +
+                            ",)");
+    }
+    return sampler.next(logits.data(), position, tilt ? tilt->data() : nullptr);
+  }
+};
+
+void bind_sampling(py::module_& module) {
+  py::class_<CheckedSampler>(module, "Sampler", "One row's draws, as nanogpt.decoding's.")
+      .def(py::init([](int64_t vocab_size, double temperature, std::optional<int64_t> top_k,
+                       std::optional<double> top_p, std::optional<double> min_p,
+                       double repetition_penalty, uint64_t seed, uint32_t row, uint32_t stream) {
+             if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max()) {
+               throw UsageError("vocab_size must be from 1 to 2147483647");
+             }
+             const Filters filters =
+                 filters_of(temperature, top_k, top_p, min_p, repetition_penalty);
+             return CheckedSampler{vocab_size, Sampler(vocab_size, filters, seed, row, stream)};
+           }),
+           "vocab_size"_a, py::kw_only(), "temperature"_a = 1.0, "top_k"_a = py::none(),
+           "top_p"_a = py::none(), "min_p"_a = py::none(), "repetition_penalty"_a = 1.0,
+           "seed"_a = 0, "row"_a = 0, "stream"_a = 0)
+      .def(
+          "see",
+          [](CheckedSampler& self, const py::handle& tokens) {
+            const auto ids = ids_of(tokens, self.vocab_size);
+            self.sampler.see(ids.data(), ids.size());
+          },
+          "tokens"_a, "Mark tokens of the text, for the repetition penalty.")
+      .def("next", &CheckedSampler::next, "logits"_a, "position"_a, "tilt"_a = py::none(),
+           "The id for the token at `position`, from (V,) float32 logits and, where given, (V,)\n"
+           "float64 that are added to the log-probabilities that the filters left.");
+
+  module.def("philox", &nanogpt::philox, "counter"_a, "key"_a,
+             "Philox4x32-10: four words for a counter of four and a key of two.");
+  module.def("gumbel", &nanogpt::gumbel, "seed"_a, "id"_a, "position"_a, "row"_a, "stream"_a,
+             "-log(-log u) of one id at one place.");
+  module.def("window_start", &nanogpt::window_start, "length"_a, "block_size"_a);
+  module.def("usable_cpus", &nanogpt::usable_cpus, "CPUs that this process may use.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The native engine; see nanogpt.native, which is its door.";
+  module.attr("__version__") = NANOGPT_VERSION;
+  py::register_exception_translator(&translate);
+  module.def("instruction_set", &instruction_set,
+             "What this processor is used with; NANOGPT_ISA forces one.");
+  bind_engine(module);
+  bind_text(module);
+  bind_sampling(module);
+}

@@ -1,0 +1,244 @@
+"""Write a trained model for other programs: `python -m nanogpt.export --model gpt.pth`."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from nanogpt import checkpoint
+from nanogpt.cli import TERMINATED
+from nanogpt.config import ExportConfig
+from nanogpt.errors import NanoGPTError, UsageError
+from nanogpt.export import archive, gguf, hf, torchscript
+from nanogpt.export.quantize import QUANTIZATIONS, weights_of
+from nanogpt.export.verify import Agreement, compare
+from nanogpt.model import GPT
+
+OUTPUTS = {
+    "torchscript": "model.pt",
+    "safetensors": "model.safetensors",
+    "hf": "model-hf",
+    "gguf": "model.gguf",
+}
+"""Formats, and the name that is written where none is given."""
+_QUANTIZED = ("torchscript", "gguf")
+# Endings that say what a file is; another format's would mislead every reader.
+_ENDINGS = {
+    ".pth": "a state dict",
+    ".safetensors": "safetensors",
+    ".gguf": "gguf",
+    ".pt": "torchscript",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export was.
+
+    Attributes:
+        output: what was written.
+        bytes: of the file, or of the folder's files together.
+        verified: whether what was written has been read back and compared.
+        agreements: of torchscript, how far the engines are apart.
+        note: why an engine was not compared, or None.
+    """
+
+    output: Path
+    format: str
+    quantize: str
+    bytes: int
+    verified: bool
+    agreements: tuple[Agreement, ...] = ()
+    note: str | None = None
+
+
+def run(config: ExportConfig) -> int:
+    """Check, write, compare, rename. Returns the exit code."""
+    output = Path(config.output or OUTPUTS[config.format])
+    check_combination(config.format, config.quantize, output)
+    if output.exists() and Path(config.model).exists() and output.samefile(config.model):
+        raise UsageError(f"--output {output} is the --model itself: give it another name")
+    checkpoint.check_writable(output)
+    model, _ = checkpoint.load(config.model)
+    say = partial(print, file=sys.stderr, flush=True)
+    with _ends_in_order():
+        report = export_model(
+            model, output, format=config.format, quantize=config.quantize, verify=config.verify
+        )
+    for row in report.agreements:
+        say(row.in_words())
+    if report.note:
+        say(report.note)
+    checked = "read back and compared" if report.verified else "not verified"
+    say(f"wrote {output}: {report.bytes:,} bytes, {checked}")
+    if config.json:
+        print(json.dumps(_as_json(report)))
+    return 0
+
+
+def export_model(
+    model: GPT,
+    output: str | os.PathLike[str],
+    *,
+    format: str = "torchscript",
+    quantize: str = "none",
+    verify: bool = True,
+) -> Report:
+    """Write a model in a format of other programs; equal models give equal files.
+
+    Args:
+        model: on any device; it is not changed.
+        output: a file, or a folder for hf. It is replaced once the new one is complete and agrees.
+        format: "torchscript" | "safetensors" | "hf" | "gguf".
+        quantize: "none" | "bf16" | "int8", in torchscript and gguf.
+        verify: read the file back and compare; torchscript: the logits of the model, of the file
+            in libtorch and, where it is built, of the file in the native engine.
+    Raises: UsageError for what cannot be combined; InputError where the model holds numbers that
+        are not finite; NanoGPTError where what was written does not agree: then nothing is left.
+    """
+    output = Path(output)
+    check_combination(format, quantize, output)
+    if format == "gguf":
+        gguf.check(model, quantize)
+    with _put_into_place(output) as path:
+        agreements, note = _WRITERS[format](model, quantize, path, verify)
+        size = sum(part.stat().st_size for part in [path, *path.rglob("*")] if part.is_file())
+    return Report(output, format, quantize, size, verify, tuple(agreements), note)
+
+
+def check_combination(format: str, quantize: str, output: Path) -> None:
+    """Raises: UsageError for words that do not exist or do not go together."""
+    if format not in OUTPUTS:
+        raise UsageError(f"--format must be one of {', '.join(OUTPUTS)}, not {format!r}")
+    if quantize not in QUANTIZATIONS:
+        raise UsageError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
+    if quantize != "none" and format not in _QUANTIZED:
+        raise UsageError(
+            f"--quantize {quantize} is for {' and '.join(_QUANTIZED)}; {format} holds float32"
+        )
+    if format == "safetensors":
+        checkpoint.check_suffix(output)
+    kind = _ENDINGS.get(output.suffix)
+    if kind not in (None, format):
+        raise UsageError(f"--output {output} ends as {kind} does, but --format is {format}")
+    if format != "hf" and output.is_dir():
+        raise UsageError(f"--output {output} is a folder; {format} is one file")
+    if format == "hf" and output.exists():
+        if not output.is_dir():
+            raise UsageError(f"--output {output} is a file; hf is a folder")
+        strange = sorted({entry.name for entry in output.iterdir()} - set(hf.FILES))
+        if strange:
+            raise UsageError(
+                f"--output {output} holds more than an earlier export, such as {strange[0]}: "
+                f"give a new folder"
+            )
+
+
+@contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is half written is removed."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+Outcome = tuple[list[Agreement], str | None]
+
+
+def _torchscript(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
+    with path.open("wb") as file:
+        torchscript.write(model, quantize, file)
+    if not check:
+        return [], None
+    archive.read(path)
+    rows, note = compare(model, quantize, path)
+    for row in rows:
+        if not row.holds:
+            raise NanoGPTError(f"nothing was written, because {row.in_words()}")
+    return rows, note
+
+
+def _safetensors(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
+    weights_of(model, quantize)  # refuses numbers that are not finite
+    checkpoint.save(model, path)
+    if check:
+        again, _ = checkpoint.load(path)
+        for (name, theirs), ours in zip(again.named_parameters(), model.parameters(), strict=True):
+            if not torch.equal(theirs, ours.detach().cpu()):
+                raise NanoGPTError(f"nothing was written, because {name} came back changed")
+    return [], None
+
+
+def _hf(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
+    hf.write(model, path)
+    if check:
+        hf.verify(model, path)
+    return [], None
+
+
+def _gguf(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
+    gguf.write(model, quantize, path)
+    if check:
+        gguf.verify(model, quantize, path)
+    return [], None
+
+
+_WRITERS = {"torchscript": _torchscript, "safetensors": _safetensors, "hf": _hf, "gguf": _gguf}
+
+
+@contextmanager
+def _put_into_place(output: Path) -> Iterator[Path]:
+    """A path of the same name in a new folder beside `output`, renamed at the end.
+
+    A crash at any moment, and any error inside, leaves what stood there before. (Between the two
+    renames of a folder that replaces another one, that is under the temporary name.)
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # The long way round where a link is written to, so that the link stays one.
+    target = Path(os.path.realpath(output))
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        path = Path(folder) / target.name
+        yield path
+        for part in [path, *path.rglob("*")]:
+            _fsync(part)
+        if target.is_dir():
+            earlier = Path(folder) / "earlier"
+            os.rename(target, earlier)
+            os.rename(path, target)
+            shutil.rmtree(earlier)
+        else:
+            os.replace(path, target)
+        checkpoint.fsync_folder(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    rows = [
+        {**asdict(row), "relative": row.largest / row.scale if row.scale else 0.0}
+        for row in report.agreements
+    ]
+    return {**asdict(report), "output": str(report.output), "agreements": rows}

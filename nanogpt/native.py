@@ -1,0 +1,154 @@
+"""The door to the compiled engine, nanogpt._C: GPTs on the CPU, without torch in the loop.
+
+It is built by `pip install` where there is a C++ compiler; everything works without it, only
+slower. Nothing here imports it before it is asked for.
+"""
+
+import functools
+import importlib
+import os
+import shutil
+import sysconfig
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanogpt import __version__
+
+if TYPE_CHECKING:
+    from nanogpt._C import Engine
+    from nanogpt.model import GPT
+
+PROGRAM = "nanogpt-generate"
+PLUGIN = "nanogpt_torchscript.so"
+EXPORT_SUFFIX = ".pt"
+
+
+def available() -> bool:
+    """Whether the engine is here."""
+    return not why_not()
+
+
+def why_not() -> str:
+    """Why the engine is not here, in words; "" where it is."""
+    return _load()[1]
+
+
+def describe() -> str:
+    """The engine's version, instruction set and processors; needs `available()`.
+
+    Raises: UsageError where NANOGPT_ISA names what this processor lacks.
+    """
+    module = _load()[0]
+    return f"{module.__version__}, {module.instruction_set()}, up to {module.usable_cpus()} threads"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that a build would take, or None."""
+    named = os.environ.get("CXX", "").split()
+    names = named[:1] or ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def program() -> Path | None:
+    """The generation binary of this environment, or None."""
+    own = Path(sysconfig.get_path("scripts"), PROGRAM)
+    found = own if own.is_file() else shutil.which(PROGRAM)
+    return None if found is None else Path(found)
+
+
+def plugin() -> Path | None:
+    """The TorchScript plug-in of the generation binary, or None."""
+    path = Path(__file__).with_name(PLUGIN)
+    return path if path.is_file() else None
+
+
+def unfit(model: "GPT") -> str | None:
+    """Why the engine cannot compute this model where it is, in words, or None."""
+    if not available():
+        return why_not()
+    weight = model.token_weight
+    if weight.device.type != "cpu":
+        return f"it computes on the CPU, and the model is on {weight.device}"
+    other = next((t.dtype for t in model.parameters() if t.dtype != torch.float32), None)
+    if other is not None:
+        return f"it shares float32 weights, and the model has {str(other).removeprefix('torch.')}"
+    return None
+
+
+def engine_for(model: "GPT", threads: int = 0) -> "Engine":
+    """An engine that computes with the model's own tensors; they are shared, not copied.
+
+    One engine is kept for a model until its weights have moved or changed.
+
+    Args:
+        model: float32, on the CPU.
+        threads: 0 chooses by measurement.
+    Raises: RuntimeError where it cannot, with the reason.
+    """
+    reason = unfit(model)
+    if reason is not None:
+        raise RuntimeError(f"the native engine cannot run this model: {reason}")
+    tensors = dict(model.named_parameters())
+    # Torch counts the changes of every tensor, but not of those made in inference mode.
+    state = (
+        threads,
+        model.calibration_temperature,
+        *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors.values()),
+    )
+    kept = _engines.get(model)
+    if (
+        kept is not None
+        and kept[0] == state
+        and not any(t.is_inference() for t in tensors.values())
+    ):
+        return kept[1]
+    engine: Engine = _load()[0].Engine.from_tensors(
+        model.describe()["config"],
+        {name: t.detach().contiguous().numpy() for name, t in tensors.items()},
+        threads=threads,
+        calibration_temperature=model.calibration_temperature,
+    )
+    _engines[model] = (state, engine)
+    return engine
+
+
+def open_file(path: str | os.PathLike[str], threads: int = 0) -> "Engine":
+    """An engine that maps an exported model.pt, or a .safetensors model file.
+
+    Every byte that is used has been compared with its check sum.
+
+    Raises: InputError where the file is missing, damaged or foreign; RuntimeError where there is
+        no engine, with the reason.
+    """
+    module, reason = _load()
+    if reason:
+        raise RuntimeError(reason)
+    engine: Engine = module.Engine(os.fspath(path), threads)
+    return engine
+
+
+_engines: "weakref.WeakKeyDictionary[GPT, tuple[tuple[Any, ...], Engine]]"
+_engines = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The module and "", or None and the reason."""
+    again = "pip install --force-reinstall --no-deps . in the source folder builds it"
+    try:
+        module = importlib.import_module("nanogpt._C")
+    except ModuleNotFoundError:
+        if compiler() is None:
+            return None, f"it was not built: there is no C++ compiler; with one, {again}"
+        return None, f"it was not built; {again}, and with -v shows what fails"
+    except ImportError as error:  # built for other libraries than those that are here
+        return None, f"it does not load ({error}); {again}"
+    if module.__version__ != __version__:
+        return (
+            None,
+            f"it was built for version {module.__version__}, this is {__version__}; {again}",
+        )
+    return module, ""
