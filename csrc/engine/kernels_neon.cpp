@@ -60,6 +60,7 @@ struct Isa {
     return vorrq_s32(low, vshlq_n_s32(vcvtnq_s32_f32(second), 16));
   }
 
+  static I either(I a, I b) { return vorrq_s32(a, b); }
   static I load_bits(const uint16_t* p) { return vreinterpretq_s32_u16(vld1q_u16(p)); }
   static F even_bf16(I pair) { return vreinterpretq_f32_s32(vshlq_n_s32(pair, 16)); }
   static F odd_bf16(I pair) {
