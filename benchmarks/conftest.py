@@ -17,6 +17,7 @@ from recording import Recorder, measure_ceilings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-results", action="store_true", help="write benchmarks/results/")
+    parser.addoption("--llama-dir", help="a folder with llama-bench and llama-simple")
     parser.addoption("--peer-dir", help="a checkout of nanoGPT to measure beside ours")
 
 

@@ -84,6 +84,12 @@ def examine() -> list[Part]:
         ),
         *_native_parts(),
         Part(
+            "GGUF files",
+            "gguf" if importlib.util.find_spec("gguf") else None,
+            "export --format gguf, for llama.cpp",
+            "pip install gguf",
+        ),
+        Part(
             "TensorBoard files",
             "tensorboardX" if importlib.util.find_spec("tensorboardX") else None,
             "curves in TensorBoard beside report.html",

@@ -24,7 +24,9 @@ END_BYTES, COMMENT_BYTES = 22, 22
 TINY = GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=4)
 
 
-def tensors_for(config: GPTConfig, quantize: str = "none", seed: int = 0) -> dict[str, torch.Tensor]:
+def tensors_for(
+    config: GPTConfig, quantize: str = "none", seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Random weights of a GPT in the precision that `quantize` names."""
     random = torch.Generator().manual_seed(seed)
     width = config.n_embd

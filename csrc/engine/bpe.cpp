@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <optional>
 #include <utility>
@@ -159,10 +160,24 @@ uint32_t hash_of(std::string_view bytes) {
   return static_cast<uint32_t>(mixed(hash));
 }
 
-// Slots of a table with open addressing that stays at most half full.
-size_t slots_for(size_t entries) {
+// Bytes that grow at the end, up to a limit known before; pages that are not reached cost nothing.
+class Bytes {
+ public:
+  Bytes() = default;
+  explicit Bytes(size_t limit) : bytes_(new char[limit]), end_(bytes_.get()) {}
+  void push(char byte) { *end_++ = byte; }
+  uint32_t size() const { return static_cast<uint32_t>(end_ - bytes_.get()); }
+  const char* data() const { return bytes_.get(); }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  char* end_ = nullptr;
+};
+
+// Slots, a power of two, of a table with open addressing.
+size_t slots_for(size_t entries, double fullest) {
   size_t slots = 16;
-  while (slots < entries * 2) slots *= 2;
+  while (static_cast<double>(slots) * fullest < static_cast<double>(entries)) slots *= 2;
   return slots;
 }
 
@@ -175,7 +190,8 @@ struct Merge {
 class MergeTable {
  public:
   void reserve(size_t merges) {
-    slots_.assign(slots_for(merges), Slot{});
+    // Most pairs that are asked for are not there; half full, that is seen soon.
+    slots_.assign(slots_for(merges, 0.5), Slot{});
     mask_ = slots_.size() - 1;
   }
 
@@ -186,6 +202,11 @@ class MergeTable {
       at = (at + 1) & mask_;
     }
     slots_[at] = {left, right, merge};
+  }
+
+  // Fetches the place of a pair that is soon to be set.
+  void prepare(int32_t left, int32_t right) const {
+    __builtin_prefetch(&slots_[place(left, right)], 1);
   }
 
   const Merge* find(int32_t left, int32_t right) const {
@@ -209,6 +230,65 @@ class MergeTable {
   size_t mask_ = 0;
 };
 
+template <typename OnCode>
+void for_each_code(const std::string& text, const OnCode& on_code) {
+  int length;
+  for (size_t at = 0; at < text.size(); at += static_cast<size_t>(length)) {
+    on_code(utf8_valid_step(text.data() + at, length));
+  }
+}
+
+[[noreturn]] void refuse_option(const std::string& key) {
+  damaged("its option " + key + " is not supported");
+}
+
+// Reads an object of which every field is known. on_field(key) consumes the value, or returns false
+// for a key that it does not know. A field said twice, an unknown one or a missing required one is
+// damage.
+template <typename OnField>
+void read_object(JsonScanner& json, const std::string& name,
+                 std::initializer_list<std::string_view> required, const OnField& on_field) {
+  std::vector<std::string> seen;
+  const auto has_seen = [&seen](std::string_view key) {
+    return std::find(seen.begin(), seen.end(), key) != seen.end();
+  };
+  if (json.next() != '{') damaged("its " + name + " is missing");
+  json.object([&](const std::string& key) {
+    if (has_seen(key)) damaged("its " + name + " says " + key + " twice");
+    seen.push_back(key);
+    if (!on_field(key)) refuse_option(key);
+  });
+  for (const std::string_view key : required) {
+    if (!has_seen(key)) damaged("its " + name + " lacks " + std::string(key));
+  }
+}
+
+// The settings of the pre-tokenizer, decoder or post-processor "ByteLevel".
+struct ByteLevel {
+  bool adds_space = true, uses_pattern = true;
+};
+
+// Refuses every other kind.
+ByteLevel read_byte_level(JsonScanner& json, const std::string& name) {
+  ByteLevel settings;
+  read_object(json, name, {"type", "add_prefix_space", "trim_offsets"},
+              [&](const std::string& key) {
+                if (key == "type") {
+                  if (json.text() != "ByteLevel") damaged("its " + name + " is not ByteLevel");
+                } else if (key == "add_prefix_space") {
+                  settings.adds_space = json.flag();
+                } else if (key == "use_regex") {
+                  settings.uses_pattern = json.flag();
+                } else if (key == "trim_offsets") {
+                  json.flag();
+                } else {
+                  return false;
+                }
+                return true;
+              });
+  return settings;
+}
+
 class BPETokenizer : public Tokenizer {
  public:
   explicit BPETokenizer(JsonScanner& json);
@@ -229,8 +309,6 @@ class BPETokenizer : public Tokenizer {
   void read_merges(JsonScanner& json);
   void read_model(JsonScanner& json);
   void read_added_tokens(JsonScanner& json);
-  void read_pre_tokenizer(JsonScanner& json);
-  void read_post_processor(JsonScanner& json);
   void settle();
 
   void append_short_word(std::string_view word, std::vector<int32_t>& ids) const;
@@ -240,30 +318,30 @@ class BPETokenizer : public Tokenizer {
   MergeTable merges_;
 
   // Used while reading.
-  bool has_model_ = false, has_vocabulary_ = false, has_merges_ = false, splits_words_ = false;
   std::optional<int32_t> added_id_;
   std::vector<std::pair<Span, int32_t>> named_;
-  std::string merge_arena_;
+  Bytes merge_names_;
   std::vector<MergeText> merge_texts_;
 };
 
 void BPETokenizer::read_vocabulary(JsonScanner& json) {
-  if (has_vocabulary_) damaged("it has two vocabularies");
-  has_vocabulary_ = true;
-  auto start = static_cast<uint32_t>(arena_.size());
-  json.raw_object([this](uint32_t code) { arena_ += byte_of_symbol(code); },
+  // A byte of a name comes from at least one of the JSON's, an entry from at least six.
+  Bytes names(json.left());
+  named_.reserve(json.left() / 6);
+  uint32_t start = 0;
+  json.raw_object([&](uint32_t code) { names.push(byte_of_symbol(code)); },
                   [&] {
-                    const auto end = static_cast<uint32_t>(arena_.size());
-                    named_.emplace_back(Span{start, end - start}, json.count());
-                    start = end;
+                    named_.emplace_back(Span{start, names.size() - start}, json.count());
+                    start = names.size();
                   });
+  arena_.assign(names.data(), names.size());
 }
 
 void BPETokenizer::read_merges(JsonScanner& json) {
-  if (has_merges_) damaged("it has two lists of merges");
-  has_merges_ = true;
-  const auto size = [this] { return static_cast<uint32_t>(merge_arena_.size()); };
-  const auto name = [this](uint32_t code) { merge_arena_ += byte_of_symbol(code); };
+  merge_names_ = Bytes(json.left());
+  merge_texts_.reserve(json.left() / 8);
+  const auto size = [this] { return merge_names_.size(); };
+  const auto name = [this](uint32_t code) { merge_names_.push(byte_of_symbol(code)); };
   char form = 0;
   json.array([&] {
     const char type = json.next();
@@ -277,13 +355,15 @@ void BPETokenizer::read_merges(JsonScanner& json) {
         if (++parts == 1) merge.left_length = size() - merge.start;
       });
     } else {
-      // The older form: both with a space between them, which stands in no token.
-      parts = 1;
-      json.string([&](uint32_t code) {
-        if (code != ' ') return name(code);
-        ++parts;
-        merge.left_length = size() - merge.start;
-      });
+      // The older form: both with a space between them, which stands in no token, and maybe a line
+      // about its version.
+      const std::string line = json.text();
+      if (line.rfind("#version", 0) == 0) return;
+      const size_t space = line.find(' ');
+      parts = space == std::string::npos ? 1 : 2;
+      for_each_code(line.substr(0, space), name);
+      merge.left_length = size() - merge.start;
+      if (parts == 2) for_each_code(line.substr(space + 1), name);
     }
     if (parts != 2) damaged("a merge is not a pair of tokens");
     merge.right_length = size() - merge.start - merge.left_length;
@@ -292,30 +372,28 @@ void BPETokenizer::read_merges(JsonScanner& json) {
 }
 
 void BPETokenizer::read_model(JsonScanner& json) {
-  if (has_model_) damaged("it has two models");
-  has_model_ = true;
-  bool has_type = false;
-  json.object([&](const std::string& key) {
+  bool is_bpe = false;
+  read_object(json, "model", {"type", "vocab", "merges"}, [&](const std::string& key) {
     if (key == "vocab") {
       read_vocabulary(json);
     } else if (key == "merges") {
       read_merges(json);
     } else if (key == "type") {
-      has_type = json.text() == "BPE";
+      is_bpe = json.text() == "BPE";
     } else if (key == "dropout" || key == "unk_token") {
-      if (!json.literal("null")) damaged("its option " + key + " is not supported");
+      if (!json.literal("null")) refuse_option(key);
     } else if (key == "continuing_subword_prefix" || key == "end_of_word_suffix") {
-      if (!json.literal("null") && !json.text().empty()) {
-        damaged("its option " + key + " is not supported");
-      }
+      if (!json.literal("null") && !json.text().empty()) refuse_option(key);
     } else if (key == "byte_fallback" || key == "ignore_merges") {
-      if (!json.literal("false")) damaged("its option " + key + " is not supported");
+      if (json.flag()) refuse_option(key);
+    } else if (key == "fuse_unk") {
+      json.flag();
     } else {
-      json.skip();
+      return false;
     }
+    return true;
   });
-  if (!has_type) damaged("its model is not BPE");
-  if (!has_vocabulary_ || !has_merges_) damaged("its vocabulary or its merges are missing");
+  if (!is_bpe) damaged("its model is not BPE");
 }
 
 void BPETokenizer::read_added_tokens(JsonScanner& json) {
@@ -323,69 +401,45 @@ void BPETokenizer::read_added_tokens(JsonScanner& json) {
     if (added_id_) damaged("it has more than one special token");
     std::string content;
     bool special = false;
-    json.object([&](const std::string& key) {
-      if (key == "content") {
-        content = json.text();
-      } else if (key == "id") {
-        added_id_ = json.count();
-      } else if (key == "special") {
-        special = json.literal("true");
-        if (!special) json.skip();
-      } else {
-        json.skip();
-      }
-    });
+    read_object(json, "special token",
+                {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"},
+                [&](const std::string& key) {
+                  if (key == "content") {
+                    content = json.text();
+                  } else if (key == "id") {
+                    added_id_ = json.count();
+                  } else if (key == "special") {
+                    special = json.flag();
+                  } else if (key == "single_word" || key == "lstrip" || key == "rstrip" ||
+                             key == "normalized") {
+                    json.flag();
+                  } else {
+                    return false;
+                  }
+                  return true;
+                });
     // Any other would be cut out of ordinary text.
-    if (content != kEndOfText || !special || !added_id_) {
+    if (content != kEndOfText || !special) {
       damaged("its special token is not " + std::string(kEndOfText));
     }
   });
 }
 
-void BPETokenizer::read_pre_tokenizer(JsonScanner& json) {
-  bool byte_level = false, adds_space = true, uses_pattern = true;
-  json.object([&](const std::string& key) {
-    if (key == "type") {
-      byte_level = json.text() == "ByteLevel";
-    } else if (key == "add_prefix_space") {
-      adds_space = !json.literal("false");
-      if (adds_space) json.skip();
-    } else if (key == "use_regex") {
-      uses_pattern = json.literal("true");
-      if (!uses_pattern) json.skip();
-    } else {
-      json.skip();
-    }
-  });
-  if (!byte_level || adds_space || !uses_pattern) {
-    damaged("it does not split words as GPT-2 does");
-  }
-  splits_words_ = true;
-}
-
-void BPETokenizer::read_post_processor(JsonScanner& json) {
-  if (json.literal("null")) return;
-  // This one moves offsets only; others add tokens.
-  bool byte_level = false;
-  json.object([&](const std::string& key) {
-    if (key == "type") {
-      byte_level = json.text() == "ByteLevel";
-    } else {
-      json.skip();
-    }
-  });
-  if (!byte_level) damaged("its post-processor is not supported");
-}
-
 class BPETokenizer::Names {
  public:
   explicit Names(const BPETokenizer& owner, size_t names)
-      : arena_(owner.arena_), spans_(owner.spans_), slots_(slots_for(names)) {
+      : arena_(owner.arena_), spans_(owner.spans_), slots_(slots_for(names, 0.8)) {
     mask_ = slots_.size() - 1;
   }
 
-  void add(int32_t id) {
-    const uint32_t hash = hash_of(bytes_of(id));
+  // The hash of a name; fetches the place where it is soon to be looked for.
+  uint32_t prepared(std::string_view bytes) const {
+    const uint32_t hash = hash_of(bytes);
+    __builtin_prefetch(&slots_[hash & mask_]);
+    return hash;
+  }
+
+  void add(int32_t id, uint32_t hash) {
     size_t at = hash & mask_;
     while (slots_[at].id >= 0) {
       if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes_of(id)) {
@@ -397,8 +451,8 @@ class BPETokenizer::Names {
   }
 
   // -1 where there is none.
-  int32_t find(std::string_view bytes) const {
-    const uint32_t hash = hash_of(bytes);
+  int32_t find(std::string_view bytes) const { return find(bytes, hash_of(bytes)); }
+  int32_t find(std::string_view bytes, uint32_t hash) const {
     for (size_t at = hash & mask_; slots_[at].id >= 0; at = (at + 1) & mask_) {
       if (slots_[at].hash == hash && bytes_of(slots_[at].id) == bytes) return slots_[at].id;
     }
@@ -423,8 +477,6 @@ class BPETokenizer::Names {
 
 // Ids, byte tokens and merges from what was read.
 void BPETokenizer::settle() {
-  if (!has_model_) damaged("its model is missing");
-  if (!splits_words_) damaged("it does not split words as GPT-2 does");
   const size_t count = named_.size();
   if (count > INT32_MAX / 4 || merge_texts_.size() > INT32_MAX / 4) damaged("it is too large");
   spans_.assign(count, {});
@@ -436,7 +488,17 @@ void BPETokenizer::settle() {
     spans_[static_cast<size_t>(id)] = span;
   }
   Names names(*this, count);
-  for (size_t id = 0; id < count; ++id) names.add(static_cast<int32_t>(id));
+  // Tables of this size do not fit the nearest caches: work is done in batches, whose places in
+  // memory are fetched ahead.
+  constexpr size_t kBatch = 32;
+  for (size_t first = 0; first < count; first += kBatch) {
+    const size_t batch = std::min(kBatch, count - first);
+    uint32_t hashes[kBatch];
+    for (size_t i = 0; i < batch; ++i) {
+      hashes[i] = names.prepared(names.bytes_of(static_cast<int32_t>(first + i)));
+    }
+    for (size_t i = 0; i < batch; ++i) names.add(static_cast<int32_t>(first + i), hashes[i]);
+  }
 
   // The special token is the last one, in the vocabulary or after it.
   const int32_t listed = names.find(kEndOfText);
@@ -453,54 +515,75 @@ void BPETokenizer::settle() {
     }
   }
 
-  const auto id_of = [&](std::string_view name) {
-    const int32_t id = name.size() == 1 ? byte_ids_[static_cast<uint8_t>(name[0])]  // the commonest
-                                        : names.find(name);
+  const auto found = [](int32_t id) {
     if (id < 0) damaged("a merge names a token that is not in the vocabulary");
     return id;
   };
   merges_.reserve(merge_texts_.size());
   // Merges make new ids in order, so the id after the last one is the first guess.
   int32_t guess = 0;
-  for (size_t rank = 0; rank < merge_texts_.size(); ++rank) {
-    const MergeText& merge = merge_texts_[rank];
-    const std::string_view left(merge_arena_.data() + merge.start, merge.left_length);
-    const std::string_view right(left.data() + left.size(), merge.right_length);
-    const std::string_view both(left.data(), left.size() + right.size());
-    if (static_cast<size_t>(guess) >= count || names.bytes_of(guess) != both) guess = id_of(both);
-    merges_.set(id_of(left), id_of(right), {static_cast<uint32_t>(rank), guess});
-    ++guess;
+  for (size_t first = 0; first < merge_texts_.size(); first += kBatch) {
+    const size_t batch = std::min(kBatch, merge_texts_.size() - first);
+    struct Pair {
+      std::string_view left, right;
+      uint32_t left_hash, right_hash;
+      int32_t left_id, right_id;
+    } pairs[kBatch];
+    for (size_t i = 0; i < batch; ++i) {
+      const MergeText& merge = merge_texts_[first + i];
+      Pair& pair = pairs[i];
+      pair.left = {merge_names_.data() + merge.start, merge.left_length};
+      pair.right = {pair.left.data() + pair.left.size(), merge.right_length};
+      pair.left_hash = names.prepared(pair.left);
+      pair.right_hash = names.prepared(pair.right);
+    }
+    for (size_t i = 0; i < batch; ++i) {
+      Pair& pair = pairs[i];
+      pair.left_id = found(names.find(pair.left, pair.left_hash));
+      pair.right_id = found(names.find(pair.right, pair.right_hash));
+      merges_.prepare(pair.left_id, pair.right_id);
+    }
+    for (size_t i = 0; i < batch; ++i) {
+      const Pair& pair = pairs[i];
+      const std::string_view both(pair.left.data(), pair.left.size() + pair.right.size());
+      if (static_cast<size_t>(guess) >= count || names.bytes_of(guess) != both) {
+        guess = found(names.find(both));
+      }
+      merges_.set(pair.left_id, pair.right_id, {static_cast<uint32_t>(first + i), guess});
+      ++guess;
+    }
   }
   spans_.resize(static_cast<size_t>(end_of_text) + 1);
   spans_.back() = {};
   named_ = {};
   merge_texts_ = {};
-  merge_arena_ = {};
-  arena_.shrink_to_fit();
+  merge_names_ = {};
 }
 
 BPETokenizer::BPETokenizer(JsonScanner& json) {
-  bool has_version = false;
-  json.object([&](const std::string& key) {
-    if (key == "model") {
-      read_model(json);
-    } else if (key == "added_tokens") {
-      read_added_tokens(json);
-    } else if (key == "pre_tokenizer") {
-      if (json.next() != '{') damaged("it does not split words as GPT-2 does");
-      read_pre_tokenizer(json);
-    } else if (key == "post_processor") {
-      read_post_processor(json);
-    } else if (key == "normalizer" || key == "truncation" || key == "padding") {
-      if (!json.literal("null")) damaged("its option " + key + " is not supported");
-    } else if (key == "version") {
-      has_version = json.text() == "1.0";
-    } else {
-      // The decoder is not used: bytes are put together as they are.
-      json.skip();
-    }
-  });
-  if (!has_version) damaged("its version is not 1.0");
+  read_object(json, "description", {"version", "model", "pre_tokenizer", "added_tokens"},
+              [&](const std::string& key) {
+                if (key == "model") {
+                  read_model(json);
+                } else if (key == "added_tokens") {
+                  read_added_tokens(json);
+                } else if (key == "pre_tokenizer") {
+                  const ByteLevel settings = read_byte_level(json, "pre-tokenizer");
+                  if (settings.adds_space || !settings.uses_pattern) {
+                    damaged("it does not split words as GPT-2 does");
+                  }
+                } else if (key == "decoder" || key == "post_processor") {
+                  // These change nothing: ids are left as they are, and their bytes put together.
+                  if (!json.literal("null")) read_byte_level(json, key);
+                } else if (key == "normalizer" || key == "truncation" || key == "padding") {
+                  if (!json.literal("null")) refuse_option(key);
+                } else if (key == "version") {
+                  if (json.text() != "1.0") damaged("its version is not 1.0");
+                } else {
+                  return false;
+                }
+                return true;
+              });
   settle();
 }
 

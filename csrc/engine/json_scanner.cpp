@@ -1,9 +1,25 @@
 #include "engine/json_scanner.h"
 
+#include <array>
+
 #include "engine/error.h"
 #include "engine/utf8.h"
 
 namespace nanogpt {
+namespace {
+
+constexpr std::array<int8_t, 256> hex_digits() {
+  std::array<int8_t, 256> digits{};
+  for (size_t i = 0; i < 256; ++i) digits[i] = -1;
+  for (int8_t i = 0; i < 10; ++i) digits[static_cast<size_t>('0' + i)] = i;
+  for (int8_t i = 0; i < 6; ++i) {
+    digits[static_cast<size_t>('a' + i)] = digits[static_cast<size_t>('A' + i)] = 10 + i;
+  }
+  return digits;
+}
+constexpr std::array<int8_t, 256> kHexDigits = hex_digits();
+
+}  // namespace
 
 void JsonScanner::damaged() const {
   throw InputError(std::string(subject_) + " is damaged: it is not JSON from byte " +
@@ -107,17 +123,10 @@ uint32_t JsonScanner::four_hex_digits() {
   if (end_ - at_ < 4) damaged();
   uint32_t value = 0;
   for (int i = 0; i < 4; ++i) {
-    const char digit = *at_++;
-    value <<= 4;
-    if (digit >= '0' && digit <= '9') {
-      value |= static_cast<uint32_t>(digit - '0');
-    } else if (digit >= 'a' && digit <= 'f') {
-      value |= static_cast<uint32_t>(digit - 'a' + 10);
-    } else if (digit >= 'A' && digit <= 'F') {
-      value |= static_cast<uint32_t>(digit - 'A' + 10);
-    } else {
-      damaged();
-    }
+    const int8_t digit = kHexDigits[static_cast<uint8_t>(*at_)];
+    if (digit < 0) damaged();
+    value = value << 4 | static_cast<uint32_t>(digit);
+    ++at_;
   }
   return value;
 }

@@ -1,6 +1,7 @@
 // JSON read from front to back without building a tree, for descriptions of megabytes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -67,20 +68,21 @@ class JsonScanner {
   template <typename OnCharacter>
   void string(OnCharacter&& on_character) {
     take('"');
+    // A local place, because what on_character writes could be the member's bytes to the compiler.
+    const char* at = at_;
     for (;;) {
-      if (at_ == end_) damaged();
-      const auto byte = static_cast<uint8_t>(*at_);
-      if (byte == '"') break;
-      if (byte == '\\') {
-        on_character(escape());
-      } else if (byte >= 0x80) {
-        on_character(character());
-      } else if (byte >= 0x20) {
-        ++at_;
+      const auto byte = static_cast<uint8_t>(at != end_ ? *at : 0);
+      if (byte >= 0x20 && byte < 0x80 && byte != '"' && byte != '\\') {
+        ++at;
         on_character(byte);
-      } else {
-        damaged();
+        continue;
       }
+      at_ = at;
+      if (byte < 0x20) damaged();
+      if (byte == '"') break;
+      const uint32_t code = byte == '\\' ? escape() : character();
+      at = at_;
+      on_character(code);
     }
     ++at_;
   }
@@ -89,6 +91,12 @@ class JsonScanner {
   std::string text();
   // A whole number of 0 … 2^31 - 1.
   int32_t count();
+  // true or false.
+  bool flag() {
+    if (literal("true")) return true;
+    if (!literal("false")) damaged();
+    return false;
+  }
   // Consumes `literal` (null, true, false) if it comes next.
   bool literal(std::string_view literal);
   // Any value.
@@ -96,6 +104,8 @@ class JsonScanner {
   // Nothing but space may follow.
   void finish();
 
+  // Bytes to come.
+  size_t left() const { return static_cast<size_t>(end_ - at_); }
   // A place to come back to with `seek`.
   const char* tell() const { return at_; }
   void seek(const char* at) { at_ = at; }

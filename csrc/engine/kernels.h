@@ -59,6 +59,8 @@ struct Kernels {
   // To the nearest bfloat16, ties to even, and back.
   void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
   void (*from_bf16)(const uint16_t* x, int64_t n, float* out);
+  // Loads all bytes and does next to nothing with them: the floor of what decoding can take.
+  int32_t (*read)(const void* from, int64_t bytes);
 
   // Rows first .. first + rows - 1 of a matrix (w points at row `first`) times every panel.
   // `scratch` holds gemm_scratch(cols) bytes, 64-byte aligned.

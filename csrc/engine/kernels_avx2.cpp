@@ -74,6 +74,7 @@ struct Isa {
     return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_cvtps_epi32(second), 16));
   }
 
+  static I either(I a, I b) { return _mm256_or_si256(a, b); }
   static I load_bits(const uint16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }

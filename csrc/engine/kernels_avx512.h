@@ -73,6 +73,7 @@ struct Isa {
   }
 #endif
 
+  static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I load_bits(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static F even_bf16(I pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
   static F odd_bf16(I pair) {

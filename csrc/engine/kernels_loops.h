@@ -384,6 +384,18 @@ void from_bf16s(const uint16_t* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(x[i]);
 }
 
+int32_t read(const void* from, int64_t bytes) {
+  const int16_t* p = static_cast<const int16_t*>(from);
+  I bits[4] = {Isa::int_zero(), Isa::int_zero(), Isa::int_zero(), Isa::int_zero()};
+  for (int64_t at = 0; at + 8 * W <= bytes / 2; at += 8 * W) {
+    NANOGPT_UNROLL
+    for (int i = 0; i < 4; ++i) bits[i] = Isa::either(bits[i], Isa::load_ints(p + at + 2 * i * W));
+  }
+  int16_t all[2 * W];
+  Isa::store_ints(all, Isa::either(Isa::either(bits[0], bits[1]), Isa::either(bits[2], bits[3])));
+  return all[0];
+}
+
 // ---- prompts: rows times panels of tokens ----
 
 // NR rows times NV vectors of tokens; `ld` is the distance of two rows of w.
@@ -815,6 +827,7 @@ const Kernels NANOGPT_KERNELS = {
     weighted_sum_bf16,
     to_bf16s,
     from_bf16s,
+    read,
     gemm_f32,
     gemm_bf16,
     gemm_i8,

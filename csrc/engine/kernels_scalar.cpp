@@ -123,6 +123,11 @@ struct Isa {
     return load_ints(pairs);
   }
 
+  static I either(const I& a, const I& b) {
+    I out;
+    for (int i = 0; i < W; ++i) out.v[i] = a.v[i] | b.v[i];
+    return out;
+  }
   static I load_bits(const uint16_t* p) {
     I out;
     __builtin_memcpy(&out, p, sizeof out);

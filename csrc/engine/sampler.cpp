@@ -169,16 +169,26 @@ struct Mass {
 
 // Sum and number of the weights of at least `threshold`, in whole blocks.
 NANOGPT_INLINE Mass mass_body(const double* weights, int64_t blocks, double threshold) {
-  double sums[8] = {}, counts[8] = {};
-  for (int64_t j = 0; j < blocks * kBlock; j += 8) {
-    for (int lane = 0; lane < 8; ++lane) {
-      const bool above = weights[j + lane] >= threshold;
-      sums[lane] += above ? weights[j + lane] : 0.0;
-      counts[lane] += above ? 1.0 : 0.0;
+  double sums[kBlock] = {};
+  int64_t counts[kBlock] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const double* from = weights + b * kBlock;
+    for (int64_t j = 0; j < kBlock; ++j) {
+      // Masks instead of a choice, which GCC would turn into jumps.
+      const int64_t above = from[j] >= threshold;
+      int64_t bits;
+      std::memcpy(&bits, &from[j], sizeof bits);
+      bits &= -above;
+      double weight;
+      std::memcpy(&weight, &bits, sizeof weight);
+      sums[j] += weight;
+      counts[j] += above;
     }
   }
   Mass mass{0.0, 0.0};
-  for (int lane = 0; lane < 8; ++lane) mass.sum += sums[lane], mass.count += counts[lane];
+  for (int64_t j = 0; j < kBlock; ++j) {
+    mass.sum += sums[j], mass.count += static_cast<double>(counts[j]);
+  }
   return mass;
 }
 

@@ -12,10 +12,10 @@ std::string Utf8Stream::feed(std::string_view bytes) {
   std::string out;
   size_t left;
   if (held_.empty()) {
-    left = append_replaced(out, bytes);
+    left = append_replaced(out, bytes, false);
   } else {
     held_ += bytes;
-    left = append_replaced(out, held_);
+    left = append_replaced(out, held_, false);
     bytes = held_;
   }
   held_ = std::string(bytes.substr(bytes.size() - left));
@@ -23,9 +23,9 @@ std::string Utf8Stream::feed(std::string_view bytes) {
 }
 
 std::string Utf8Stream::flush() {
-  const bool cut = !held_.empty();
-  held_.clear();
-  return cut ? kReplacement : "";
+  std::string out;
+  append_replaced(out, std::exchange(held_, {}), true);
+  return out;
 }
 
 StopText::StopText(std::vector<std::string> stops) {

@@ -145,7 +145,7 @@ std::string Tokenizer::decode(const std::vector<int32_t>& ids) const {
   }
   if (utf8_valid_prefix(bytes) == bytes.size()) return bytes;
   std::string out;
-  if (append_replaced(out, bytes) > 0) out += kReplacement;
+  append_replaced(out, bytes, true);
   return out;
 }
 

@@ -43,14 +43,20 @@ void append_utf8(std::string& out, uint32_t code) {
   }
 }
 
-size_t append_replaced(std::string& out, std::string_view bytes) {
+size_t append_replaced(std::string& out, std::string_view bytes, bool last) {
   while (!bytes.empty()) {
     const size_t good = utf8_valid_prefix(bytes);
     out.append(bytes.substr(0, good));
     bytes.remove_prefix(good);
     if (bytes.empty()) break;
     const Utf8Step step = utf8_step(bytes.data(), bytes.data() + bytes.size());
-    if (step.kind == Utf8Step::cut) return step.length;
+    if (!last) {
+      // CPython waits for the third byte of a surrogate too, although it is invalid already.
+      const auto second = static_cast<uint8_t>(bytes.back());
+      const bool surrogate =
+          bytes.size() == 2 && bytes[0] == '\xED' && second >= 0xA0 && second <= 0xBF;
+      if (step.kind == Utf8Step::cut || surrogate) return bytes.size();
+    }
     out += kReplacement;
     bytes.remove_prefix(step.length);
   }

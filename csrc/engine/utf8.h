@@ -68,9 +68,9 @@ size_t utf8_valid_prefix(std::string_view bytes);
 // Appends a code point, which is not half of a character.
 void append_utf8(std::string& out, uint32_t code);
 
-// Appends `bytes` with U+FFFD for what is invalid, up to a character that is cut off by the end;
-// returns how many bytes that one has (0 where there is none).
-size_t append_replaced(std::string& out, std::string_view bytes);
+// Appends `bytes` with U+FFFD for what is invalid. With `last` that is all of them; otherwise bytes
+// at the end that more could follow are left out. Returns how many are.
+size_t append_replaced(std::string& out, std::string_view bytes, bool last);
 
 inline constexpr char kReplacement[] = "\xEF\xBF\xBD";
 

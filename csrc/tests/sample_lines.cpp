@@ -10,6 +10,7 @@
 
 #include "engine/error.h"
 #include "engine/generator.h"
+#include "engine/letters.h"
 #include "engine/rewards.h"
 #include "engine/sampler.h"
 
@@ -263,6 +264,15 @@ json answer(const json& request, const std::vector<char>& payload) {
       starts.push_back(nanogpt::window_start(length, block));
     }
     return {{"starts", starts}};
+  }
+  if (op == "characters") {
+    std::vector<uint32_t> words, folds;
+    for (auto code = request["first"].get<uint32_t>(); code < request["end"].get<uint32_t>();
+         ++code) {
+      if (nanogpt::is_word_character(code)) words.push_back(code);
+      folds.push_back(nanogpt::folded(code));
+    }
+    return {{"words", words}, {"folds", folds}};
   }
   if (op == "sample") return sample(request, payload);
   if (op == "agree") return agree(request);

@@ -10,6 +10,7 @@ else (index, code, zip headers, padding) has one sum together, in the comment th
 order, without the payloads of the tensors that the index names. No times and no paths inside.
 """
 
+import io
 import json
 import struct
 import zipfile
@@ -154,7 +155,7 @@ def read(path: Path) -> Content:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the archive {path}: {error.strerror}") from None
-    where = _payloads(path, raw)
+    where, directory = _payloads(path, raw)
     if INDEX not in where:
         raise InputError(f"{path} is no export of nanogpt: it has no {INDEX}")
     start, size = where[INDEX]
@@ -171,17 +172,18 @@ def read(path: Path) -> Content:
         if named.setdefault(entry["record"], name) != name:
             raise InputError(f"{path} is damaged: two tensors share {entry['record']}")
     _check_rest(path, raw, sorted(where[record] for record in named))
+    _check_end(path, raw, len(where), directory)
     records = {name: raw[start : start + size] for name, (start, size) in where.items()}
     return Content(index, tensors, records)
 
 
-def _payloads(path: Path, raw: bytes) -> dict[str, tuple[int, int]]:
-    """Offset and size of every stored member."""
+def _payloads(path: Path, raw: bytes) -> tuple[dict[str, tuple[int, int]], int]:
+    """Offset and size of every stored member, and the offset of the directory."""
     where = {}
     try:
-        with zipfile.ZipFile(path) as opened:
-            members = opened.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
+        with zipfile.ZipFile(io.BytesIO(raw)) as opened:
+            members, directory = opened.infolist(), opened.start_dir
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error):
         raise InputError(f"{path} is no archive, or its directory is damaged") from None
     for member in members:
         head = raw[member.header_offset : member.header_offset + _LOCAL.size]
@@ -194,7 +196,7 @@ def _payloads(path: Path, raw: bytes) -> dict[str, tuple[int, int]]:
         if not member.filename.startswith(TOP) or member.filename[len(TOP) :] in where:
             raise InputError(f"{path} is no export of nanogpt: it holds {member.filename!r}")
         where[member.filename[len(TOP) :]] = (start, member.file_size)
-    return where
+    return where, directory
 
 
 def _tensor(
@@ -235,6 +237,18 @@ def _check_rest(path: Path, raw: bytes, left_out: Sequence[tuple[int, int]]) -> 
     found = zlib.crc32(raw[at:stop], found)
     if comment[len(_COMMENT) :] != f"{found:08x}".encode():
         raise InputError(f"{path} is damaged: it does not match its check sum")
+
+
+def _check_end(path: Path, raw: bytes, count: int, directory: int) -> None:
+    """The end record, which the comment's sum does not cover: every field has one right value."""
+    stop = len(raw) - _END.size - len(_COMMENT) - 8
+    locator = raw[stop - 20 : stop]
+    narrow = (count, directory, stop - directory)
+    wide = (0xFFFF, 0xFFFFFFFF, stop - 76 - directory)  # two records of 56 and 20 bytes before it
+    shown, at, length = wide if locator.startswith(b"PK\6\7") else narrow
+    expected = (b"PK\5\6", 0, 0, shown, shown, length, at, len(_COMMENT) + 8)
+    if _END.unpack(raw[stop : stop + _END.size]) != expected:
+        raise InputError(f"{path} is damaged in its last record")
 
 
 def describe(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
 from nanogpt import checkpoint
+from nanogpt.cli import TERMINATED
 from nanogpt.config import ExportConfig
 from nanogpt.errors import NanoGPTError, UsageError
 from nanogpt.export import archive, gguf, hf, torchscript
@@ -69,9 +72,10 @@ def run(config: ExportConfig) -> int:
     checkpoint.check_writable(output)
     model, _ = checkpoint.load(config.model)
     say = partial(print, file=sys.stderr, flush=True)
-    report = export_model(
-        model, output, format=config.format, quantize=config.quantize, verify=config.verify
-    )
+    with _ends_in_order():
+        report = export_model(
+            model, output, format=config.format, quantize=config.quantize, verify=config.verify
+        )
     for row in report.agreements:
         say(row.in_words())
     if report.note:
@@ -139,6 +143,20 @@ def check_combination(format: str, quantize: str, output: Path) -> None:
                 f"--output {output} holds more than an earlier export, such as {strange[0]}: "
                 f"give a new folder"
             )
+
+
+@contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is half written is removed."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 Outcome = tuple[list[Agreement], str | None]

@@ -260,18 +260,20 @@ def write(model: GPT, quantize: str, file: IO[bytes]) -> None:
     Raises: InputError where a weight is not finite.
     """
     weights = weights_of(model, quantize)
-    members = _canonical(_scripted_archive(model, weights))
+    members, sizes = _scripted_archive(model, weights)
+    members = _canonical(members)
     homes = _record_of_each_tensor(members["data.pkl"])
-    entries, records, payloads = {}, {}, []
+    entries, payloads = {}, []
     for name, weight in weights.items():
-        home = homes[name]
-        assert home not in records, f"{name} shares the record {home}"
-        records[home] = name
+        home, payload = homes[name], archive.payload_of(weight)
+        assert sizes.pop(home) == len(payload), f"torch gave {name} the record {home}"
         entries[name] = archive.index_entry(home, weight)
-        payloads.append(archive.Record(home, archive.payload_of(weight), indexed=True))
-        assert bytes(payloads[-1].payload) == members[home], f"torch changed {name}"
+        payloads.append(archive.Record(home, payload, indexed=True))
+    # What is left is the cache, which is empty.
+    members.update({name: b"" for name, size in sizes.items() if size == 0})
+    assert not any(sizes.values()), f"records without a name: {sizes}"
     index = archive.describe(model.describe(), quantize, entries)
-    rest = [archive.Record(name, raw) for name, raw in members.items() if name not in records]
+    rest = [archive.Record(name, raw) for name, raw in sorted(members.items())]
     archive.write(file, [archive.Record(archive.INDEX, index), *rest, *payloads])
 
 
@@ -282,8 +284,10 @@ def load(path: Any) -> Any:
         return torch.jit.load(path, map_location="cpu")
 
 
-def _scripted_archive(model: GPT, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The members of torch's own archive, without its top folder."""
+def _scripted_archive(
+    model: GPT, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Members of torch's own archive, without its top folder; of the tensors the sizes alone."""
     module = Exported(model, weights).eval()
     kept = [name for name, _ in module.named_buffers()]
     buffer = io.BytesIO()
@@ -293,9 +297,15 @@ def _scripted_archive(model: GPT, weights: Mapping[str, Tensor]) -> dict[str, by
         scripted = torch.jit.script(module)
         frozen = torch.jit.freeze(scripted, preserved_attrs=["prefill", "decode", "reset", *kept])
         torch.jit.save(frozen, buffer)
+    members, sizes = {}, {}
     with zipfile.ZipFile(buffer) as opened:
-        members = {name.partition("/")[2]: opened.read(name) for name in opened.namelist()}
-    return {name: raw for name, raw in members.items() if not _LEFT_OUT.search(name)}
+        for entry in opened.infolist():
+            name = entry.filename.partition("/")[2]
+            if name.startswith("data/"):
+                sizes[name] = entry.file_size
+            elif not _LEFT_OUT.search(name):
+                members[name] = opened.read(entry)
+    return members, sizes
 
 
 def _canonical(members: Mapping[str, bytes]) -> dict[str, bytes]:
