@@ -10,27 +10,47 @@ TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 # Parts and flags of benchmarks/gpu.py, such as GPU_FLAGS="attention ffn".
 GPU_FLAGS ?=
+# 0 lets a build go on without its native parts where they do not compile.
+export NANOGPT_REQUIRE_NATIVE ?= 1
 export NANOGPT_DATA ?= $(wildcard ../shared/data)
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 BUILT := $(VENV)/.built
+COMPILER := $(shell command -v $(firstword $(CXX)) || command -v g++ || command -v clang++)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_TOOLS := setuptools cmake ninja nlohmann-json pybind11
+PLUGIN := nanogpt_torchscript.so
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test test-all lint format bench gpu wheel clean
+.PHONY: help build plugin train test test-all lint format bench gpu wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: $(BUILT)  ## make .venv and install the package with its pins
+build: $(BUILT)  ## make .venv; install the package with its pins; compile what is native
 
-$(BUILT): pyproject.toml setup.py constraints.txt
+$(BUILT): pyproject.toml setup.py constraints.txt $(CPP) $(shell find csrc -name CMakeLists.txt)
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed:" \
 	  "apt-get install python3 python3-venv, or make PYTHON=/path/to/python"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@test -z "$(TORCH_INDEX)" || $(PIP) install --quiet -c constraints.txt torch --index-url "$(TORCH_INDEX)"
-	$(PIP) install --quiet -c constraints.txt --editable ".[test]"
+	$(PIP) install --quiet -c constraints.txt $(BUILD_TOOLS)
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[test]"
+	@if [ -n "$(COMPILER)" ]; then $(MAKE) --no-print-directory plugin; \
+	  else echo "no C++ compiler: built without the native engine (apt-get install g++ adds it)"; fi
 	@touch $@
+
+# The generation binary looks for the plug-in in its environment.
+plugin:
+	$(VENV)/bin/cmake -S csrc/torchscript -B build/torchscript -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" \
+	  -DPython3_EXECUTABLE="$(CURDIR)/$(RUN)" >/dev/null
+	$(VENV)/bin/cmake --build build/torchscript >build/torchscript/log.txt 2>&1 \
+	  || { cat build/torchscript/log.txt; exit $(NANOGPT_REQUIRE_NATIVE); }
+	@mkdir -p $(VENV)/lib/nanogpt
+	cp build/torchscript/$(PLUGIN) nanogpt/$(PLUGIN)
+	ln -sf "$(CURDIR)/nanogpt/$(PLUGIN)" $(VENV)/lib/nanogpt/$(PLUGIN)
 
 train: build  ## train on the built-in text, write gpt.pth and a report, print a sample
 	$(RUN) -m nanogpt.train $(TRAIN_FLAGS)
@@ -42,13 +62,15 @@ test-all: build  ## run the tests and the slow ones
 	$(RUN) -m pytest
 
 lint: build  ## check style and types
-	$(PIP) install --quiet -c constraints.txt ruff mypy types-PyYAML
+	$(PIP) install --quiet -c constraints.txt ruff mypy types-PyYAML clang-format
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 format: build  ## rewrite the code in the project's style
-	$(PIP) install --quiet -c constraints.txt ruff
+	$(PIP) install --quiet -c constraints.txt ruff clang-format
+	$(VENV)/bin/clang-format -i $(CPP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
@@ -63,5 +85,5 @@ wheel: build  ## build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info nanogpt/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find nanogpt tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 Everything else is declared in pyproject.toml. CMake and ninja do the work, in build/native-*, which
 is kept, so that a second build compiles only what has changed. torch is not needed. Where there is
 no C++ compiler the package installs without the two. Where there is one and the build fails it does
-too, and says so; NANOGPT_REQUIRE_NATIVE=1 makes that an error, and warnings as well.
+too, and says so; NANOGPT_REQUIRE_NATIVE=1 makes that an error.
 """
 
 import functools
@@ -79,7 +79,7 @@ def compiled(version: str) -> Path:
         "CMAKE_BUILD_TYPE": "Release",
         "NLOHMANN_JSON_INCLUDE": json_headers(),
         "NANOGPT_VERSION": version,
-        "NANOGPT_WERROR": "ON" if REQUIRED else "OFF",
+        "NANOGPT_WERROR": "OFF",  # the tests build with it; who installs may have any compiler
         "NANOGPT_PYTHON_MODULE": "OFF",
     }
     if has_python_headers():
@@ -157,9 +157,11 @@ def native() -> dict[str, object]:
     if compiler() is None:
         say("no C++ compiler: installing without the native engine (apt-get install g++ adds it)")
         return {}
+    # Headers are something to install, as a compiler is; their absence is no failure.
+    optional = not (REQUIRED and has_python_headers())
     return {
         "distclass": NativeDistribution,
-        "ext_modules": [Extension("nanogpt._C", sources=[], optional=not REQUIRED)],
+        "ext_modules": [Extension("nanogpt._C", sources=[], optional=optional)],
         # Only its presence counts: BuildProgram knows where the file is.
         "scripts": [PROGRAM],
         "cmdclass": {"build": FreshBuild, "build_ext": BuildModule, "build_scripts": BuildProgram},

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt import native
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nanogpt"
 
@@ -38,7 +40,7 @@ ALLOWED = {
     "trainer": FILES | {"plan", "run_directory"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES | {"plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli"},
+    "sample": FILES | {"cli", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint"},
@@ -109,22 +111,61 @@ def test_torch_never_stands_in_the_build_requirements():
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.M)
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+def test_the_wheel_holds_the_package_and_what_is_compiled(tmp_path):
+    """The build folder is the one that installed the package, so that nothing is compiled again."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+         "-w", tmp_path, ROOT],
         check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"nanogpt"}
-    shipped = {name for name in names if name.startswith("nanogpt/")}
+    kinds = {".dist-info", ".data"}
+    assert {top for top in tops if Path(top).suffix not in kinds} == {"nanogpt"}
+    compiled = {name for name in names if name.endswith(".so")}
+    programs = {name.rsplit("/", 1)[-1] for name in names if ".data/" in name}
+    if native.available():
+        assert len(compiled) == 1
+        assert next(iter(compiled)).startswith("nanogpt/_C.")
+        assert programs == {"nanogpt-generate"}
+    shipped = {name for name in names if name.startswith("nanogpt/")} - compiled
     own = subprocess.run(
         ["git", "ls-files", "nanogpt"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
     if not own:
         pytest.skip("not a git checkout")
     assert set(own) - {"nanogpt/export/.gitkeep"} == shipped
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"), re.M)
+
+
+def test_the_engine_knows_neither_python_nor_torch():
+    files = [*(ROOT / "csrc" / "engine").glob("*.h"), *(ROOT / "csrc" / "engine").glob("*.cpp")]
+    assert files
+    for path in files:
+        tops = {name.split("/")[0] for name in includes(path)}
+        assert not tops & {"torch", "ATen", "c10", "pybind11", "Python.h"}, path.name
+        assert not tops & {"generate", "python", "torchscript", "tests", "fuzz"}, path.name
+
+
+def test_libtorch_stands_in_the_plug_in_alone():
+    for path in (ROOT / "csrc").rglob("*.[ch]*"):
+        if path.suffix in (".h", ".cpp") and path.parent.name != "torchscript":
+            tops = {name.split("/")[0] for name in includes(path)}
+            assert not tops & {"torch", "ATen", "c10"}, path
+
+
+def test_nothing_native_brings_a_second_openmp():
+    """torch loads its own; two of them in a process have deadlocked and counted threads twice."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.name == "CMakeLists.txt" or path.suffix in (".cpp", ".h"):
+            comment = "#.*" if path.name == "CMakeLists.txt" else "//.*"
+            code = re.sub(comment, "", path.read_text(encoding="utf-8")).lower()
+            assert "openmp" not in code, path
+            assert "pragma omp" not in code, path
 
 
 def readme():
@@ -158,11 +199,15 @@ def test_every_flag_the_readme_shows_exists():
         for name in config.__dataclass_fields__:
             flag = name.replace("_", "-")
             known |= {f"--{flag}", f"--no-{flag}"}
+    declared = (ROOT / "csrc" / "generate" / "arguments.cpp").read_text(encoding="utf-8")
+    of_binary = set(re.findall(r'^    \{"(--[a-z-]+)"', declared, re.M))
+    assert {"--bench", "--prompt"} <= of_binary
     code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme(), re.S))
     lines = [line.split("#")[0] for line in code.splitlines() if "nanogpt" in line]
-    used = {flag for line in lines for flag in re.findall(r"(?<!\S)--[a-z-]+", line)}
-    assert used
-    assert used <= known
+    assert lines
+    for line in lines:
+        used = set(re.findall(r"(?<!\S)--[a-z-]+", line))
+        assert used <= (of_binary if line.startswith("nanogpt-generate") else known), line
 
 
 def test_the_makefile_lists_what_the_readme_names():
