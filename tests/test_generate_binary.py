@@ -213,6 +213,7 @@ def test_values_are_refused_in_sample_s_words_before_any_file_is_read(
         (["m.pt", "other.pt"], "unexpected argument 'other.pt'"),
         ([""], "path is empty"),
         (["m.pt", "--tempratur", "1"], "no flag --tempratur; the nearest is --temperature"),
+        (["m.pt", "--temp", "1"], "no flag --temp; the nearest is --temperature"),
         (["m.pt", "--top_k=3"], "no flag --top_k; the nearest is --top-k"),
         (["m.pt", "--no-ignore-eso"], "the nearest is --no-ignore-eos"),
         (["m.pt", "--zzzzzzzzzzzzzz"], "no flag --zzzzzzzzzzzzzz"),
