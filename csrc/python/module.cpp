@@ -278,11 +278,11 @@ class Engine {
   // The GIL is let go before the mutex is waited for, so that whoever has it can finish.
   struct Turn {
     py::gil_scoped_release release;
-    std::unique_lock<std::mutex> lock;
+    std::unique_lock<std::recursive_mutex> lock;
   };
   std::unique_ptr<Turn> take_turn() {
     auto turn = std::make_unique<Turn>();
-    turn->lock = std::unique_lock<std::mutex>(mutex_);
+    turn->lock = std::unique_lock<std::recursive_mutex>(mutex_);
     return turn;
   }
 
@@ -328,7 +328,7 @@ class Engine {
   std::optional<double> calibration_;
   std::string quantization_ = "none";
   std::unique_ptr<Decoder> decoder_;  // after what it points into, so that it goes first
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;  // a signal handler of Python may come back in
   uint64_t era_ = 0;
 };
 
@@ -361,12 +361,9 @@ class TokenStream {
     while (const auto step = next_in_turn()) {
       steps.push_back(*step);
       if (Clock::now() - looked > std::chrono::milliseconds(100)) {
-        turn->lock.unlock();
-        {
-          py::gil_scoped_acquire acquire;
-          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        }
-        turn->lock.lock();
+        // The mutex stays ours: nobody waits for it with the GIL.
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
         looked = Clock::now();
       }
     }
