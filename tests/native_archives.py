@@ -6,10 +6,11 @@ tests can choose every field and break every rule.
 
 import io
 import json
+import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,11 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def torchscript(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def torchscript(
+    tensors: Mapping[str, torch.Tensor], extra: dict[str, bytes] | None = None
+) -> bytes:
     """An ordinary TorchScript archive that holds the tensors as constants."""
-    return _saved(_frozen(tensors), {})
+    return _saved(_frozen(tensors), extra or {})
 
 
 def _frozen(tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -148,20 +151,30 @@ def index_of(
     }
 
 
-def with_comment(raw: bytes, covered: Mapping[str, Any]) -> bytes:
-    """The archive with the comment that covers all but the records that `covered` names."""
-    if raw[-2:] != b"\0\0":
-        raw = raw[:-COMMENT_BYTES]
+def without_comment(raw: bytes) -> bytes:
+    """The archive as it was before `sealed`."""
+    if not raw[-COMMENT_BYTES:].startswith(b"nanogpt-crc32:"):
+        return raw
+    return raw[: -COMMENT_BYTES - 2] + b"\0\0"
+
+
+def sealed(raw: bytes, tensors: Iterable[str], layout: bytes | None = None) -> bytes:
+    """The archive with the comment that covers all but the named records.
+
+    Args:
+        layout: an undamaged archive whose records lie in the same places, where `raw`'s directory
+            cannot be read.
+    """
+    raw = without_comment(raw)
     end = len(raw) - END_BYTES
-    places = payloads(raw[:end] + raw[end : end + 20] + b"\0\0")
-    named = {entry.get("record") for entry in covered.values() if isinstance(entry, dict)}
+    places = payloads(without_comment(raw if layout is None else layout))
     total, at = 0, 0
-    for offset, size in sorted(place for name, place in places.items() if name in named):
+    for offset, size in sorted(places[name] for name in set(tensors)):
         total = zlib.crc32(raw[at:offset], total)
         at = offset + size
     total = zlib.crc32(raw[at:end], total)
     comment = f"nanogpt-crc32:{total:08x}".encode()
-    return raw[: end + 20] + len(comment).to_bytes(2, "little") + comment
+    return raw[:-2] + len(comment).to_bytes(2, "little") + comment
 
 
 def archive(
@@ -180,10 +193,43 @@ def archive(
     index = index_of(
         _saved(module, {}), tensors, config, quantize, tokenizer, calibration_temperature
     )
-    covered = json.loads(canonical_json(index))["tensors"]
+    records = [entry["record"] for entry in index["tensors"].values()]
     text = change(index) if change is not None else None
     raw = _saved(module, {"nanogpt.json": canonical_json(index) if text is None else text})
-    return with_comment(raw, covered)
+    return sealed(raw, records)
+
+
+def rewritten(
+    raw: bytes,
+    change: Callable[[str, bytes], tuple[str, bytes]] = lambda name, payload: (name, payload),
+    compressed: str = "",
+    aligned: bool = True,
+) -> bytes:
+    """The archive written again by Python's zipfile, member for member, with a fresh comment.
+
+    Args:
+        change: gives each record's new name and bytes.
+        compressed: the record that is.
+        aligned: whether payloads begin at multiples of 64 bytes.
+    """
+    where = payloads(without_comment(raw))
+    index = json.loads(raw[where[INDEX][0] : sum(where[INDEX])])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in where:
+            with zipfile.ZipFile(io.BytesIO(raw)) as original:
+                new, payload = change(name, original.read(f"archive/{name}"))
+            entry = zipfile.ZipInfo(f"archive/{new}")
+            wide = 20 if len(payload) > zipfile.ZIP64_LIMIT else 0
+            start = buffer.tell() + 30 + len(entry.filename.encode()) + wide + 4
+            room = -start % 64 if aligned else (-start + 4) % 64
+            entry.extra = struct.pack("<2H", 0x4246, room) + b"Z" * room
+            if new == compressed:
+                entry.compress_type = zipfile.ZIP_DEFLATED
+            file.writestr(entry, payload)
+    raw = buffer.getvalue()
+    names = {entry["record"] for entry in index["tensors"].values()} & payloads(raw).keys()
+    return sealed(raw, names)
 
 
 def write_archive(path: Path, config: GPTConfig = TINY, quantize: str = "none", **how: Any) -> Path:

@@ -81,6 +81,15 @@ def program() -> Path:
     return folder / name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Rows of logits are too short for several threads, which then wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def engine(program: Path) -> Iterator[Engine]:
     running = Engine(program)
@@ -283,7 +292,7 @@ def test_draws_equal_pythons_for_every_combination_of_filters(engine, temperatur
 @pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
 def test_draws_equal_pythons_with_a_large_vocabulary(engine, filters, spread):
     generator = np.random.default_rng(3)
-    logits = generator.normal(0, spread, (6, 50_257)).astype(np.float32)
+    logits = generator.normal(0, spread, (3, 50_257)).astype(np.float32)
     options = {"filters": filters, "seed": 2**63 + 5, "first_position": 77, "seen": [3, 5, 50_256]}
     expected = draw_in_python(logits, **options)
     assert draw_natively(engine, logits, **options) == expected
@@ -561,7 +570,8 @@ def fold(text: str) -> str:
 def test_letters_and_case_are_those_of_python(engine):
     """Exactly those of the Unicode version of the tables; a newer one only adds to them."""
     answer = engine.ask("characters", first=0, end=sys.maxunicode + 1)
-    words = {c for c in range(sys.maxunicode + 1) if re.match(r"\w", chr(c))}
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    words = {ord(c) for c in re.findall(r"\w", everything)}
     ours = set(answer["words"])
     assert ours <= words
     folds = [ord(fold(chr(c))) for c in range(sys.maxunicode + 1)]
@@ -724,18 +734,18 @@ def test_term_rewards_of_random_terms_add_up_to_the_distinct_terms_matched(engin
     alphabet = ["a", "b", "B", "é", " ", ".", "_"]
     matches = 0
     for _ in range(40):
-        terms = ["".join(generator.choices(alphabet, k=generator.randint(1, 5))) for _ in range(6)]
+        terms = ["".join(generator.choices(alphabet, k=generator.randint(1, 4))) for _ in range(6)]
         pieces = [c.encode() for c in alphabet]
         pieces += ["".join(generator.choices(alphabet, k=3)).encode() for _ in range(12)] + [b""]
         end = len(pieces) - 1
-        path = [generator.randrange(end) for _ in range(60)] + [end]
+        path = [generator.randrange(end) for _ in range(100)] + [end]
         ask = {"tokens": hexadecimal(pieces), "terms": terms, "path": path}
         steps = engine.ask("rewards", **ask)["steps"]
         total = sum(step[token] for token, step in zip(path, steps, strict=True))
         written = b"".join(pieces[token] for token in path).decode()
         assert total == pytest.approx(len(matched(terms, written)), abs=1e-9)
         matches += round(total)
-    assert matches > 60
+    assert matches > 40
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ constexpr size_t local_bytes = 30, central_bytes = 46, end_bytes = 22;
 constexpr size_t end64_bytes = 56, locator_bytes = 20;
 constexpr uint32_t full32 = 0xFFFFFFFF;
 constexpr uint16_t full16 = 0xFFFF;
-constexpr uint16_t zip64_block = 1;
+constexpr uint16_t zip64_block = 1, zip64_version = 45;
 constexpr uint16_t has_descriptor = 0x0008;
 
 // A part of the file; reading outside of it is the file's mistake and not ours.
@@ -70,12 +70,13 @@ class Part {
 // The extra field of a header is a row of blocks: number, size, bytes. Gives the one with 64-bit
 // sizes, or an empty part.
 Part zip64_of(const Part& extra) {
-  Part found = extra.part(0, 0, "64-bit sizes");
+  Part found = extra.part(0, 0, "field of 64-bit sizes");
   for (size_t at = 0; at < extra.size();) {
     const uint16_t number = extra.u16(at);
-    const Part block = extra.part(at + 4, extra.u16(at + 2), "64-bit sizes");
+    const Part block = extra.part(at + 4, extra.u16(at + 2), "field of 64-bit sizes");
     if (number == zip64_block) {
-      extra.expect(found.size() == 0 && block.size() > 0, "has wrong 64-bit sizes");
+      extra.expect(found.size() == 0 && block.size() > 0,
+                   "has two fields of 64-bit sizes or an empty one");
       found = block;
     }
     at += 4 + block.size();
@@ -91,10 +92,10 @@ struct End {
   size_t entries = 0;
 };
 
-// A field of the end record is the number itself or, where it does not fit, all ones.
+// A field of the end record is the number itself or, where a 64-bit record has it, all ones.
 template <typename Field>
-bool agrees(Field field, uint64_t value) {
-  return field == std::min<uint64_t>(value, std::numeric_limits<Field>::max());
+bool agrees(Field field, uint64_t value, bool has_end64) {
+  return field == value || (has_end64 && field == std::numeric_limits<Field>::max());
 }
 
 End find_end(const std::string& file, const Part& whole) {
@@ -117,8 +118,9 @@ End find_end(const std::string& file, const Part& whole) {
   size_t directory_end = end.record;
   uint64_t entries = record.u16(10), bytes = record.u32(12), offset = record.u32(16);
   constexpr size_t both = end64_bytes + locator_bytes;
-  if (end.record >= both &&
-      whole.part(end.record - locator_bytes, 4, "locator").begins_with("PK\6\7")) {
+  const bool has_end64 = end.record >= both &&
+                         whole.part(end.record - locator_bytes, 4, "locator").begins_with("PK\6\7");
+  if (has_end64) {
     directory_end = end.record - both;
     const Part locator = whole.part(end.record - locator_bytes, locator_bytes, "locator");
     const Part end64 = whole.part(directory_end, end64_bytes, "64-bit end record");
@@ -130,9 +132,10 @@ End find_end(const std::string& file, const Part& whole) {
     end64.expect(end64.u64(24) == end64.u64(32), "has two numbers of entries");
     entries = end64.u64(32), bytes = end64.u64(40), offset = end64.u64(48);
   }
-  record.expect(agrees(record.u16(8), entries) && agrees(record.u16(10), entries) &&
-                    agrees(record.u32(12), bytes) && agrees(record.u32(16), offset),
-                "does not agree with the 64-bit one");
+  record.expect(
+      agrees(record.u16(8), entries, has_end64) && agrees(record.u16(10), entries, has_end64) &&
+          agrees(record.u32(12), bytes, has_end64) && agrees(record.u32(16), offset, has_end64),
+      "does not agree with the 64-bit one");
   record.expect(bytes <= directory_end && offset == directory_end - bytes,
                 "puts the central directory in a wrong place");
   record.expect(entries <= bytes / central_bytes, "counts more entries than there can be");
@@ -177,7 +180,7 @@ Central read_central(const Part& directory, size_t at) {
       taken += 8;
     }
   }
-  zip64.expect(zip64.size() == taken, "have a wrong length");
+  zip64.expect(zip64.size() == taken, "has a wrong length");
   entry.zip64 = taken > 0;
   return entry;
 }
@@ -218,16 +221,19 @@ Archive::Archive(const std::string& file, const uint8_t* data, size_t size) {
 
     const Part local = whole.part(next, local_bytes, "local header");
     expect(local.begins_with("PK\3\4"), "has no header of its own");
-    expect(local.u16(4) == entry.version && local.u16(6) == entry.flags &&
+    const size_t extra_bytes = local.u16(28);
+    const Part zip64 = zip64_of(
+        whole.part(next + local_bytes, size_t{entry.name_bytes} + extra_bytes, "local header")
+            .part(entry.name_bytes, extra_bytes, "local header"));
+    // Only the directory holds the offset, so that it alone can need the version that has 64 bits.
+    const bool newer = entry.zip64 && zip64.size() == 0 && entry.version == zip64_version;
+    expect((local.u16(4) == entry.version || newer) && local.u16(6) == entry.flags &&
                local.u16(8) == entry.method && local.u32(10) == entry.time &&
                local.u16(26) == entry.name_bytes,
            "has a header that does not agree with the directory");
-    const size_t extra_bytes = local.u16(28);
     const std::string_view name =
         whole.part(next + local_bytes, entry.name_bytes, "local header").text();
     expect(name == entry.name, "has another name in its own header");
-    const Part zip64 =
-        zip64_of(whole.part(next + local_bytes + entry.name_bytes, extra_bytes, "local header"));
     const bool later = (entry.flags & has_descriptor) != 0;
     const bool empty_sums = local.u32(14) == 0 && local.u32(18) == 0 && local.u32(22) == 0;
     if (!later || !empty_sums) {

@@ -20,6 +20,17 @@ int hex_value(char c) {
                                   : -1;
 }
 
+// Bytes that stand for themselves inside a string.
+constexpr std::array<bool, 256> plain_bytes() {
+  std::array<bool, 256> plain{};
+  for (size_t byte = 0x20; byte < plain.size(); ++byte) {
+    plain[byte] = byte != '"' && byte != '\\';
+  }
+  return plain;
+}
+
+constexpr auto plain = plain_bytes();
+
 class Scanner {
  public:
   Scanner(std::string_view text, const std::string& where) : text_(text), where_(where) {}
@@ -85,16 +96,14 @@ class Scanner {
     const size_t begin = at_;
     expect('"');
     while (true) {
-      if (at_ == text_.size() || static_cast<unsigned char>(text_[at_]) < 0x20) {
-        fail();
+      while (at_ < text_.size() && plain[static_cast<unsigned char>(text_[at_])]) {
+        ++at_;
       }
-      const char c = text_[at_++];
-      if (c == '"') {
+      if (take('"')) {
         return text_.substr(begin, at_ - begin);
       }
-      if (c == '\\') {
-        escape();
-      }
+      expect('\\');
+      escape();
     }
   }
 

@@ -88,7 +88,10 @@ struct Kernels {
 // Rows that gemm_* take at a time: work is best cut into multiples of it.
 constexpr int64_t kRowBlock = 48;
 
-constexpr int64_t gemm_scratch(int64_t cols) { return 16 * ((cols + 31) / 32 * 32) * 4 + 64; }
+// Of those, rows that are widened together and stay in the second-level cache.
+constexpr int64_t kRowStep = 24;
+
+constexpr int64_t gemm_scratch(int64_t cols) { return kRowStep * (cols + 1) * 4; }
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)

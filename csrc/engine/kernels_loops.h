@@ -517,13 +517,10 @@ void block_bf16(const uint16_t* w, int64_t ld, int64_t cols, const Panel& panel,
 }
 #endif
 
-// How many rows go with NV vectors of tokens: as many sums as the registers hold.
+// How many rows go with NV vectors of tokens: as many sums as the registers hold. kRowStep is a
+// multiple of each.
 constexpr int rows_with(int vectors) {
-  return Isa::registers >= 32 ? (vectors == 4   ? 6
-                                 : vectors == 3 ? 8
-                                 : vectors == 2 ? 12
-                                                : 16)
-                              : (vectors == 2 ? 6 : 2);
+  return Isa::registers >= 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 2);
 }
 
 // Cuts `rows` into blocks and calls block.template run<NR, NV>(row, panel, token) for each.
@@ -581,9 +578,8 @@ struct F32Block {
 
 void gemm_f32(const float* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
               const Panel* panels, int n_panels, Store store, void*) {
-  constexpr int64_t step = 24;
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = rows - row < step ? rows - row : step;
+  for (int64_t row = 0; row < rows; row += kRowStep) {
+    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
     all_panels(F32Block{w + row * cols, cols, first + row, cols, bias, store}, 0, count, panels,
                n_panels);
   }
@@ -604,9 +600,8 @@ struct Bf16Block {
 
 void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
                const Panel* panels, int n_panels, Store store, void*) {
-  constexpr int64_t step = 48;
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = rows - row < step ? rows - row : step;
+  for (int64_t row = 0; row < rows; row += kRowStep) {
+    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
     all_panels(Bf16Block{w + row * cols, cols, first + row, cols, bias, store}, 0, count, panels,
                n_panels);
   }
@@ -616,9 +611,8 @@ void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, con
 void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
                const Panel* panels, int n_panels, Store store, void* scratch) {
   float* wide = static_cast<float*>(scratch);
-  constexpr int64_t step = 12;
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = rows - row < step ? rows - row : step;
+  for (int64_t row = 0; row < rows; row += kRowStep) {
+    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
     from_bf16s(w + row * cols, count * cols, wide);
     all_panels(F32Block{wide, cols, first + row, cols, bias, store}, 0, count, panels, n_panels);
   }
@@ -643,9 +637,8 @@ void gemm_i8(const int8_t* w, const float* scales, int64_t first, int64_t rows, 
              const float* bias, const Panel* panels, int n_panels, Store store, void* scratch) {
   int16_t* wide = static_cast<int16_t*>(scratch);
   const int64_t ld = (cols + 1) / 2 * 2;
-  constexpr int64_t step = 24;
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = rows - row < step ? rows - row : step;
+  for (int64_t row = 0; row < rows; row += kRowStep) {
+    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* from = w + (row + r) * cols;
       int16_t* to = wide + r * ld;

@@ -47,7 +47,8 @@ void try_tokenizer(std::string_view description, std::string_view text) {
 
 void try_streams(std::string_view text) {
   nanogpt::Utf8Stream whole, split;
-  const std::string at_once = whole.feed(text) + whole.flush();
+  std::string at_once = whole.feed(text);
+  at_once += whole.flush();
   std::string piecewise;
   for (const char byte : text) piecewise += split.feed({&byte, 1});
   piecewise += split.flush();
@@ -58,7 +59,8 @@ void try_streams(std::string_view text) {
   while (edge < at_once.size() && (at_once[edge] & 0xC0) == 0x80) ++edge;
   const std::string stop = at_once.substr(0, edge), rest = at_once.substr(edge);
   nanogpt::StopText watch({stop});
-  const std::string given = watch.feed(rest) + watch.flush();
+  std::string given = watch.feed(rest);
+  given += watch.flush();
   const size_t expected = stop.empty() ? std::string::npos : rest.find(stop);
   must(watch.found() == (expected != std::string::npos), "a stop text is missed or made up");
   must(given == rest.substr(0, expected), "a stop text ends the text at the wrong place");

@@ -14,6 +14,16 @@ nlohmann::ordered_json or_null(const std::optional<double>& value) {
   return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
 }
 
+// A token as a C string literal.
+std::string literal(std::string_view bytes) {
+  std::string out = "\"";
+  for (const char c : visible(bytes)) {
+    if (c == '"') out += '\\';
+    out += c;
+  }
+  return out + "\"";
+}
+
 }  // namespace
 
 const float* TimedSource::append(const int32_t* tokens, int64_t count) {
@@ -123,13 +133,13 @@ std::string confidence_table(const Written& written, const Tokenizer& tokenizer,
     logs += std::log(probability);
     std::snprintf(text, sizeof text, "%11.6f  ", probability);
     table += text;
-    table += token == tokenizer.end_of_text_id() ? "<|endoftext|>"
-                                                 : "\"" + visible(tokenizer.bytes_of(token)) + "\"";
+    table +=
+        token == tokenizer.end_of_text_id() ? "<|endoftext|>" : literal(tokenizer.bytes_of(token));
     table += "\n";
   }
   if (written.probabilities.empty()) return table;
   const double count = static_cast<double>(written.probabilities.size());
-  std::snprintf(text, sizeof text, "mean probability %.4f, perplexity %.4f over %zu tokens",
+  std::snprintf(text, sizeof text, "mean probability %.4g, perplexity %.4g over %zu tokens",
                 sum / count, std::exp(-logs / count), written.probabilities.size());
   table += text;
   if (calibration_temperature) {
