@@ -43,14 +43,14 @@ $(BUILT): pyproject.toml setup.py constraints.txt $(CPP) $(shell find csrc -name
 
 # The generation binary looks for the plug-in in its environment.
 plugin:
-	$(VENV)/bin/cmake -S csrc/torchscript -B build/torchscript -G Ninja \
-	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" \
-	  -DPython3_EXECUTABLE="$(CURDIR)/$(RUN)" >/dev/null
-	$(VENV)/bin/cmake --build build/torchscript >build/torchscript/log.txt 2>&1 \
-	  || { cat build/torchscript/log.txt; exit $(NANOGPT_REQUIRE_NATIVE); }
-	@mkdir -p $(VENV)/lib/nanogpt
-	cp build/torchscript/$(PLUGIN) nanogpt/$(PLUGIN)
-	ln -sf "$(CURDIR)/nanogpt/$(PLUGIN)" $(VENV)/lib/nanogpt/$(PLUGIN)
+	@mkdir -p build/torchscript $(VENV)/lib/nanogpt
+	@{ $(VENV)/bin/cmake -S csrc/torchscript -B build/torchscript -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" -DPython3_EXECUTABLE="$(CURDIR)/$(RUN)" \
+	  && $(VENV)/bin/cmake --build build/torchscript; } >build/torchscript/log.txt 2>&1 \
+	  && cp build/torchscript/$(PLUGIN) nanogpt/$(PLUGIN) \
+	  && ln -sf "$(CURDIR)/nanogpt/$(PLUGIN)" $(VENV)/lib/nanogpt/$(PLUGIN) \
+	  || { cat build/torchscript/log.txt; echo "the TorchScript plug-in was not built"; \
+	       exit $(NANOGPT_REQUIRE_NATIVE); }
 
 train: build  ## train on the built-in text, write gpt.pth and a report, print a sample
 	$(RUN) -m nanogpt.train $(TRAIN_FLAGS)

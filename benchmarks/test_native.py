@@ -176,7 +176,7 @@ def test_one_token_from_start_to_exit(benchmark, record, binary, llama, files):
     theirs = [llama / "llama-simple", "-m", files["gguf"], "-n", 1, prompt]
     commands = {"ours": ours, "llama.cpp": theirs}
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-    for name, command in commands.items():
+    for command in commands.values():
         whole_process(command)
     for _ in range(15):
         for name, command in commands.items():

@@ -32,8 +32,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxy\n "
 built = pytest.mark.skipif(not native.available(), reason=f"native engine: {native.why_not()}")
 
 
-def small_model(bias=False, sharpness=20.0, **shape):
-    """Random weights whose next-token distribution is far from flat."""
+def small_model(bias=False, **shape):
+    """Random weights that write varied text: blocks that outweigh the token's own embedding."""
     defaults = {"vocab_size": 28, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 36}
     torch.manual_seed(3)
     model = GPT(GPTConfig(**{**defaults, **shape}, bias=bias)).eval()
@@ -41,7 +41,8 @@ def small_model(bias=False, sharpness=20.0, **shape):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
-        model.token_weight.mul_(sharpness)
+            elif parameter.dim() == 2:
+                parameter.mul_(10)
     if model.config.vocab_size == 28:
         model.tokenizer = CharTokenizer(LETTERS)
     return model
@@ -123,11 +124,13 @@ SETTINGS = {
 def test_the_same_seed_gives_the_text_of_torch_beyond_the_context(case, bias):
     model = small_model(bias)
     options = {"seed": 11, **SETTINGS[case]}
-    for length in (1, 15, 16, 40):
+    for length in (1, 16, 40):
         tokens = torch.randint(28, (3, length))
-        ours = model.generate(tokens, 60, engine="native", **options)
-        assert torch.equal(ours, model.generate(tokens, 60, engine="torch", **options))
-        assert ours.shape == (3, length + 60)
+        ours = model.generate(tokens, 40, engine="native", **options)
+        if options.get("temperature") != 0.0:  # greedy texts may run in circles
+            assert len(ours[:, length:].unique()) > 5, "a text of one letter compares nothing"
+        assert torch.equal(ours, model.generate(tokens, 40, engine="torch", **options))
+        assert ours.shape == (3, length + 40)
 
 
 @built

@@ -328,7 +328,7 @@ class Engine {
   std::optional<double> calibration_;
   std::string quantization_ = "none";
   std::unique_ptr<Decoder> decoder_;  // after what it points into, so that it goes first
-  std::recursive_mutex mutex_;  // a signal handler of Python may come back in
+  std::recursive_mutex mutex_;        // a signal handler of Python may come back in
   uint64_t era_ = 0;
 };
 
@@ -338,25 +338,27 @@ class TokenStream {
  public:
   TokenStream(std::shared_ptr<Engine> engine, std::vector<int32_t> prompt,
               const nanogpt::GenerateOptions& options)
-      : engine_(std::move(engine)), probabilities_(options.probabilities) {
+      : engine_(std::move(engine)), prompt_(std::move(prompt)), options_(options) {}
+
+  // Takes the engine's context.
+  void begin() {
     const auto turn = engine_->take_turn();
-    engine_->begin();
-    era_ = engine_->era_;
-    generator_ = std::make_unique<Generator>(*engine_->decoder_, std::move(prompt), options);
+    begin_in_turn();
   }
 
-  bool probabilities() const { return probabilities_; }
+  bool probabilities() const { return options_.probabilities; }
 
   std::optional<Step> next() {
     const auto turn = engine_->take_turn();
     return next_in_turn();
   }
 
-  // Everything that is left. Ctrl-C is looked for a few times a second.
-  std::vector<Step> rest() {
+  // The whole text in one turn. Ctrl-C is looked for a few times a second.
+  std::vector<Step> all() {
     using Clock = std::chrono::steady_clock;
     std::vector<Step> steps;
     const auto turn = engine_->take_turn();
+    begin_in_turn();
     auto looked = Clock::now();
     while (const auto step = next_in_turn()) {
       steps.push_back(*step);
@@ -371,6 +373,12 @@ class TokenStream {
   }
 
  private:
+  void begin_in_turn() {
+    engine_->begin();
+    era_ = engine_->era_;
+    generator_ = std::make_unique<Generator>(*engine_->decoder_, std::move(prompt_), options_);
+  }
+
   std::optional<Step> next_in_turn() {
     if (era_ != engine_->era_) {
       throw std::runtime_error("the engine's context has been used for something else meanwhile");
@@ -379,8 +387,9 @@ class TokenStream {
   }
 
   std::shared_ptr<Engine> engine_;
+  std::vector<int32_t> prompt_;
+  nanogpt::GenerateOptions options_;
   std::unique_ptr<Generator> generator_;
-  bool probabilities_;
   uint64_t era_ = 0;
 };
 
@@ -507,14 +516,26 @@ void bind_engine(py::module_& module) {
            "(V,) float32: the logits of what follows these tokens, in a new context.")
       .def("decode", &Engine::decode, "token"_a,
            "(V,) float32: the logits of what follows one more token.")
-      .def("stream", &stream_of, "tokens"_a, "max_new_tokens"_a, py::kw_only(),
-           "temperature"_a = 1.0, "top_k"_a = py::none(), "top_p"_a = py::none(),
-           "min_p"_a = py::none(), "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0,
-           "eos"_a = py::none(), "probabilities"_a = false,
-           "Continue a text, token by token: an iterator over (id, probability or None).\n\n"
-           "tokens may be longer than the context. eos ends the text and is not given out. The\n"
-           "draw is that of nanogpt.decoding, so the same seed and row give the same text. A\n"
-           "stream cannot go on once the engine has been used for something else.")
+      .def(
+          "stream",
+          [](std::shared_ptr<Engine> engine, const py::handle& tokens, int64_t max_new_tokens,
+             double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+             std::optional<double> min_p, double repetition_penalty, uint64_t seed, uint32_t row,
+             std::optional<int64_t> eos, bool probabilities) {
+            auto stream =
+                stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k, top_p,
+                          min_p, repetition_penalty, seed, row, eos, probabilities);
+            stream->begin();
+            return stream;
+          },
+          "tokens"_a, "max_new_tokens"_a, py::kw_only(), "temperature"_a = 1.0,
+          "top_k"_a = py::none(), "top_p"_a = py::none(), "min_p"_a = py::none(),
+          "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0, "eos"_a = py::none(),
+          "probabilities"_a = false,
+          "Continue a text, token by token: an iterator over (id, probability or None).\n\n"
+          "tokens may be longer than the context. eos ends the text and is not given out. The\n"
+          "draw is that of nanogpt.decoding, so the same seed and row give the same text. A\n"
+          "stream cannot go on once the engine has been used for something else.")
       .def(
           "generate",
           [](std::shared_ptr<Engine> engine, const py::handle& tokens, int64_t max_new_tokens,
@@ -525,7 +546,7 @@ void bind_engine(py::module_& module) {
                 stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k, top_p,
                           min_p, repetition_penalty, seed, row, eos, probabilities);
             py::list ids, of_ids;
-            for (const Step& step : stream->rest()) {
+            for (const Step& step : stream->all()) {
               ids.append(step.token);
               if (probabilities) of_ids.append(step.probability);
             }
