@@ -60,9 +60,9 @@ class Buffer {
 // What one thread works with.
 struct Scratch {
   explicit Scratch(const Config& c)
-      : normed(4 * c.n_embd),
-        split(4 * c.n_embd),
-        ints(4 * c.n_embd),
+      : normed(kFew * c.n_embd),
+        split(kFew * 4 * c.n_embd),
+        ints(kFew * 4 * c.n_embd),
         scores(c.block_size * kLanes),
         row(c.head_width()),
         wide_keys(c.block_size * c.head_width()),
@@ -72,6 +72,7 @@ struct Scratch {
   Buffer<float> normed;
   Buffer<float> split;
   Buffer<int16_t> ints;
+  float scales[kFew] = {};
   Buffer<float> scores;
   Buffer<float> row;
   Buffer<float> wide_keys, wide_values;
@@ -90,11 +91,11 @@ Ahead ahead_of(const Matrix& m, int64_t row) {
                std::min(kBytesAhead, (m.rows - row) * width)};
 }
 
-// A vector in the forms that the three kinds of weights want.
+// Vectors, one a token, in the form that a kind of weights wants.
 struct Operand {
   const float* floats;
   const int16_t* ints = nullptr;
-  float scale = 0.0f;
+  const float* scales = nullptr;
 };
 
 int64_t first_row(int64_t rows, int thread, int threads) {
@@ -130,7 +131,7 @@ struct Decoder::State {
   const float* append(const int32_t* tokens, int64_t count, float* all);
   void check_tokens(const int32_t* tokens, int64_t count) const;
 
-  // One token, decoded by all threads of a run in lockstep.
+  // `few` tokens, decoded by all threads of a run in lockstep.
   void step(int thread, int threads);
   // `lanes` tokens, of which `count` are real.
   void block(int thread, int threads);
@@ -138,7 +139,7 @@ struct Decoder::State {
 
   Operand prepare(DType dtype, const float* x, int64_t n, Scratch& scratch) const;
   void multiply(const Matrix& m, int64_t first, int64_t rows, const Operand& x, float* out,
-                Store store) const;
+                int64_t stride, Store store) const;
   void multiply_panels(const Matrix& m, int64_t first, int64_t rows, const Panel* panels,
                        Store store, void* scratch) const;
   void pack(DType dtype, int64_t n, const float* x, int group) const;
@@ -158,7 +159,9 @@ struct Decoder::State {
     return (static_cast<int64_t>(layer) * config.n_head + head) * config.block_size *
            config.head_width();
   }
-  void attend_one(size_t layer, int64_t head, const Operand& normed, Scratch& scratch);
+  void norm_few(const Norm& norm, float* out) const;
+  void few_to_logits(int thread, int threads);
+  void attend_few(size_t layer, int64_t head, const Operand& normed, Scratch& scratch);
   void store_key_value(size_t layer, int64_t head, int64_t row, const float* key,
                        const float* value, int64_t stride, float* line) const;
 
@@ -179,6 +182,7 @@ struct Decoder::State {
   Buffer<char> keys_, values_;  // (L, H, block, D)
   Buffer<float> x, query, mixed, hidden, logits;
 
+  int few = 1;
   // Of a prompt's block.
   struct PromptBuffers {
     PromptBuffers(const Config& c, int64_t lanes)
@@ -222,10 +226,10 @@ Decoder::State::State(const Weights& weights, int threads)
       narrow_cache(weights.tensors.at("transformer.wte.weight").dtype != DType::f32),
       keys_(config.n_layer * config.block_size * config.n_embd * (narrow_cache ? 2 : 4)),
       values_(config.n_layer * config.block_size * config.n_embd * (narrow_cache ? 2 : 4)),
-      x(config.n_embd),
-      query(config.n_embd),
-      mixed(config.n_embd),
-      hidden(4 * config.n_embd),
+      x(kFew * config.n_embd),
+      query(kFew * config.n_embd),
+      mixed(kFew * config.n_embd),
+      hidden(kFew * 4 * config.n_embd),
       logits(config.vocab_size) {
   const auto vector_named = [&](const std::string& name) -> const float* {
     const auto found = weights.tensors.find(name);
@@ -285,70 +289,96 @@ void Decoder::State::check_tokens(const int32_t* tokens, int64_t count) const {
   }
 }
 
-Operand Decoder::State::prepare(DType dtype, const float* x, int64_t n, Scratch& scratch) const {
+// `n` elements of each of `few` tokens, which stand one after the other.
+Operand Decoder::State::prepare(DType dtype, const float* from, int64_t n, Scratch& scratch) const {
   switch (dtype) {
     case DType::f32:
       break;
     case DType::bf16:
-      kernels.split_bf16(x, n, scratch.split.get());
+      for (int t = 0; t < few; ++t) {
+        kernels.split_bf16(from + t * n, n, scratch.split.get() + t * n);
+      }
       return Operand{scratch.split.get()};
-    case DType::i8: {
-      const float scale = kernels.quantize(x, n, scratch.ints.get());
-      return Operand{nullptr, scratch.ints.get(), scale};
-    }
+    case DType::i8:
+      for (int t = 0; t < few; ++t) {
+        scratch.scales[t] = kernels.quantize(from + t * n, n, scratch.ints.get() + t * n);
+      }
+      return Operand{nullptr, scratch.ints.get(), scratch.scales};
   }
-  return Operand{x};
+  return Operand{from};
 }
 
-void Decoder::State::multiply(const Matrix& m, int64_t first, int64_t rows, const Operand& x,
-                              float* out, Store store) const {
+// Rows first .. first + rows - 1; a token's results stand `stride` after those of the one before.
+void Decoder::State::multiply(const Matrix& m, int64_t first, int64_t rows, const Operand& in,
+                              float* out, int64_t stride, Store store) const {
   const float* bias = m.bias ? m.bias + first : nullptr;
   const int64_t at = first * m.cols;
   switch (m.dtype) {
-    case DType::f32:
-      kernels.matvec_f32(static_cast<const float*>(m.data) + at, rows, m.cols, x.floats, bias, out,
-                         store);
+    case DType::f32: {
+      const float* w = static_cast<const float*>(m.data) + at;
+      if (few == 1) {
+        kernels.matvec_f32(w, rows, m.cols, in.floats, bias, out, store);
+      } else {
+        kernels.few_f32(w, rows, m.cols, in.floats, m.cols, few, bias, out, stride, store);
+      }
       break;
-    case DType::bf16:
-      kernels.matvec_bf16(static_cast<const uint16_t*>(m.data) + at, rows, m.cols, x.floats, bias,
-                          out, store);
+    }
+    case DType::bf16: {
+      const uint16_t* w = static_cast<const uint16_t*>(m.data) + at;
+      if (few == 1) {
+        kernels.matvec_bf16(w, rows, m.cols, in.floats, bias, out, store);
+      } else {
+        kernels.few_bf16(w, rows, m.cols, in.floats, m.cols, few, bias, out, stride, store);
+      }
       break;
-    case DType::i8:
-      kernels.matvec_i8(static_cast<const int8_t*>(m.data) + at, m.scales + first, rows, m.cols,
-                        x.ints, x.scale, bias, out, store);
+    }
+    case DType::i8: {
+      const int8_t* w = static_cast<const int8_t*>(m.data) + at;
+      const float* scales = m.scales + first;
+      if (few == 1) {
+        kernels.matvec_i8(w, scales, rows, m.cols, in.ints, in.scales[0], bias, out, store);
+      } else {
+        kernels.few_i8(w, scales, rows, m.cols, in.ints, in.scales, m.cols, few, bias, out, stride,
+                       store);
+      }
       break;
+    }
   }
 }
 
-// Query, key and value of one head, and what it sees: (D) of `mixed`.
-void Decoder::State::attend_one(size_t l, int64_t head, const Operand& normed, Scratch& scratch) {
+// Queries, keys and values of one head, and what each token sees: (few, C) of `mixed`.
+void Decoder::State::attend_few(size_t l, int64_t head, const Operand& normed, Scratch& scratch) {
   const Matrix& qkv = layers[l].qkv;
-  const int64_t c = config.n_embd, d = config.head_width(), at = head * d, seen = length + 1;
+  const int64_t c = config.n_embd, d = config.head_width(), at = head * d;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  float* q = query.get() + at;
   float* scores = scratch.scores.get();
-  float* out = mixed.get() + at;
-  multiply(qkv, at, d, normed, q, Store::plain);
+  float* rows = scratch.rows.get();
+  multiply(qkv, at, d, normed, query.get() + at, c, Store::plain);
   if (narrow_cache) {
-    float* row = scratch.row.get();
     uint16_t* k = keys<uint16_t>(l, head);
     uint16_t* v = values<uint16_t>(l, head);
-    multiply(qkv, c + at, d, normed, row, Store::plain);
-    kernels.to_bf16(row, d, k + length * d);
-    multiply(qkv, 2 * c + at, d, normed, row, Store::plain);
-    kernels.to_bf16(row, d, v + length * d);
-    kernels.split_bf16(q, d, row);
-    kernels.matvec_bf16(k, seen, d, row, nullptr, scores, Store::plain);
-    kernels.softmax(scores, seen, scale);
-    kernels.weighted_sum_bf16(v, seen, d, scores, out);
+    multiply(qkv, c + at, d, normed, rows, d, Store::plain);
+    kernels.to_bf16(rows, few * d, k + length * d);
+    multiply(qkv, 2 * c + at, d, normed, rows, d, Store::plain);
+    kernels.to_bf16(rows, few * d, v + length * d);
+    for (int t = 0; t < few; ++t) {
+      const int64_t seen = length + t + 1;
+      kernels.split_bf16(query.get() + t * c + at, d, rows);
+      kernels.matvec_bf16(k, seen, d, rows, nullptr, scores, Store::plain);
+      kernels.softmax(scores, seen, scale);
+      kernels.weighted_sum_bf16(v, seen, d, scores, mixed.get() + t * c + at);
+    }
   } else {
     float* k = keys<float>(l, head);
     float* v = values<float>(l, head);
-    multiply(qkv, c + at, d, normed, k + length * d, Store::plain);
-    multiply(qkv, 2 * c + at, d, normed, v + length * d, Store::plain);
-    kernels.matvec_f32(k, seen, d, q, nullptr, scores, Store::plain);
-    kernels.softmax(scores, seen, scale);
-    kernels.weighted_sum(v, seen, d, scores, out);
+    multiply(qkv, c + at, d, normed, k + length * d, d, Store::plain);
+    multiply(qkv, 2 * c + at, d, normed, v + length * d, d, Store::plain);
+    for (int t = 0; t < few; ++t) {
+      const int64_t seen = length + t + 1;
+      kernels.matvec_f32(k, seen, d, query.get() + t * c + at, nullptr, scores, Store::plain);
+      kernels.softmax(scores, seen, scale);
+      kernels.weighted_sum(v, seen, d, scores, mixed.get() + t * c + at);
+    }
   }
 }
 
@@ -368,43 +398,84 @@ void Decoder::State::step(int thread, int threads) {
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
     ahead.fetch(kLinesAhead);
-    kernels.layer_norm(x.get(), c, layer.ln_1.weight, layer.ln_1.bias, normed);
+    norm_few(layer.ln_1, normed);
     Operand operand = prepare(layer.qkv.dtype, normed, c, scratch);
-    for (int64_t h = first_head; h < end_head; ++h) attend_one(l, h, operand, scratch);
+    for (int64_t h = first_head; h < end_head; ++h) attend_few(l, h, operand, scratch);
     ahead = ahead_of(layer.attention_out, first);
     pool->barrier(thread, ahead);
 
     ahead.fetch(kLinesAhead);
     operand = prepare(layer.attention_out.dtype, mixed.get(), c, scratch);
-    multiply(layer.attention_out, first, end - first, operand, x.get() + first, Store::add);
+    multiply(layer.attention_out, first, end - first, operand, x.get() + first, c, Store::add);
     ahead = ahead_of(layer.feed_in, in);
     pool->barrier(thread, ahead);
 
     ahead.fetch(kLinesAhead);
-    kernels.layer_norm(x.get(), c, layer.ln_2.weight, layer.ln_2.bias, normed);
+    norm_few(layer.ln_2, normed);
     operand = prepare(layer.feed_in.dtype, normed, c, scratch);
-    multiply(layer.feed_in, in, in_end - in, operand, hidden.get() + in, Store::gelu);
+    multiply(layer.feed_in, in, in_end - in, operand, hidden.get() + in, 4 * c, Store::gelu);
     ahead = ahead_of(layer.feed_out, first);
     pool->barrier(thread, ahead);
 
     ahead.fetch(kLinesAhead);
     operand = prepare(layer.feed_out.dtype, hidden.get(), 4 * c, scratch);
-    multiply(layer.feed_out, first, end - first, operand, x.get() + first, Store::add);
+    multiply(layer.feed_out, first, end - first, operand, x.get() + first, c, Store::add);
     ahead = l + 1 < layers.size() ? ahead_of(layers[l + 1].qkv, first_head * config.head_width())
                                   : ahead_of(tokens_matrix, head);
     pool->barrier(thread, ahead);
   }
-  logits_rows(thread, threads, x.get());
+  few_to_logits(thread, threads);
+}
+
+void Decoder::State::norm_few(const Norm& norm, float* out) const {
+  const int64_t c = config.n_embd;
+  for (int t = 0; t < few; ++t) {
+    kernels.layer_norm(x.get() + t * c, c, norm.weight, norm.bias, out + t * c);
+  }
+}
+
+// Logits of all `few` tokens where they are wanted, otherwise of the last one.
+void Decoder::State::few_to_logits(int thread, int threads) {
+  if (!wants_all) {
+    logits_rows(thread, threads, x.get() + (few - 1) * config.n_embd);
+    return;
+  }
+  Scratch& scratch = scratches[static_cast<size_t>(thread)];
+  const int64_t vocab = config.vocab_size;
+  norm_few(ln_f, scratch.normed.get());
+  const Operand operand =
+      prepare(tokens_matrix.dtype, scratch.normed.get(), config.n_embd, scratch);
+  const int64_t first = first_row(vocab, thread, threads);
+  const int64_t end = first_row(vocab, thread + 1, threads);
+  multiply(tokens_matrix, first, end - first, operand, wants_all + first, vocab, Store::plain);
 }
 
 void Decoder::State::logits_rows(int thread, int threads, const float* from) {
   Scratch& scratch = scratches[static_cast<size_t>(thread)];
   float* normed = scratch.normed.get();
   kernels.layer_norm(from, config.n_embd, ln_f.weight, ln_f.bias, normed);
-  const Operand operand = prepare(tokens_matrix.dtype, normed, config.n_embd, scratch);
+  const Matrix& m = tokens_matrix;
   const int64_t first = first_row(config.vocab_size, thread, threads);
-  const int64_t end = first_row(config.vocab_size, thread + 1, threads);
-  multiply(tokens_matrix, first, end - first, operand, logits.get() + first, Store::plain);
+  const int64_t end = first_row(config.vocab_size, thread + 1, threads), rows = end - first;
+  float* out = logits.get() + first;
+  const int64_t at = first * m.cols;
+  switch (m.dtype) {
+    case DType::f32:
+      kernels.matvec_f32(static_cast<const float*>(m.data) + at, rows, m.cols, normed, nullptr, out,
+                         Store::plain);
+      break;
+    case DType::bf16:
+      kernels.split_bf16(normed, m.cols, scratch.split.get());
+      kernels.matvec_bf16(static_cast<const uint16_t*>(m.data) + at, rows, m.cols,
+                          scratch.split.get(), nullptr, out, Store::plain);
+      break;
+    case DType::i8: {
+      const float scale = kernels.quantize(normed, m.cols, scratch.ints.get());
+      kernels.matvec_i8(static_cast<const int8_t*>(m.data) + at, m.scales + first, rows, m.cols,
+                        scratch.ints.get(), scale, nullptr, out, Store::plain);
+      break;
+    }
+  }
 }
 
 void Decoder::State::multiply_panels(const Matrix& m, int64_t first, int64_t rows,
@@ -610,16 +681,23 @@ void Decoder::State::took(double seconds) {
 
 const float* Decoder::State::append(const int32_t* tokens, int64_t count, float* all) {
   check_tokens(tokens, count);
-  if (count == 1 && !all) {
-    for (int64_t i = 0; i < config.n_embd; ++i) {
-      x.get()[i] = element(tokens_matrix, tokens[0], i) + element(positions_matrix, length, i);
+  if (count <= kFew) {
+    few = static_cast<int>(count);
+    for (int t = 0; t < few; ++t) {
+      for (int64_t i = 0; i < config.n_embd; ++i) {
+        x.get()[t * config.n_embd + i] =
+            element(tokens_matrix, tokens[t], i) + element(positions_matrix, length + t, i);
+      }
     }
+    wants_all = all;
     const auto started = std::chrono::steady_clock::now();
     pool->run([](void* self, int thread,
                  int threads) { static_cast<State*>(self)->step(thread, threads); },
               this, threads_for_step());
-    took(std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count());
-    ++length;
+    if (count == 1) {
+      took(std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count());
+    }
+    length += count;
     return logits.get();
   }
   const int64_t lanes = (std::min(count, kBlock) + kLanes - 1) / kLanes * kLanes;

@@ -16,6 +16,9 @@ namespace nanogpt {
 // Tokens of one vector group; panels are multiples of it.
 constexpr int kLanes = 16;
 constexpr int kPanel = 64;
+// Up to this many tokens go through the layers together as vectors, reading each weight once; from
+// there on panels are faster.
+constexpr int kFew = 12;
 
 // What happens to a product before it is stored.
 enum class Store { plain, add, gelu };
@@ -44,6 +47,14 @@ struct Kernels {
   // out[r] = scales[r] x_scale sum_k w[r, k] x[k] + bias[r]; the sum is exact.
   void (*matvec_i8)(const int8_t* w, const float* scales, int64_t rows, int64_t cols,
                     const int16_t* x, float x_scale, const float* bias, float* out, Store store);
+  // The same for `count` <= kFew vectors, `x_stride` and `out_stride` apart.
+  void (*few_f32)(const float* w, int64_t rows, int64_t cols, const float* x, int64_t x_stride,
+                  int count, const float* bias, float* out, int64_t out_stride, Store store);
+  void (*few_bf16)(const uint16_t* w, int64_t rows, int64_t cols, const float* x, int64_t x_stride,
+                   int count, const float* bias, float* out, int64_t out_stride, Store store);
+  void (*few_i8)(const int8_t* w, const float* scales, int64_t rows, int64_t cols, const int16_t* x,
+                 const float* x_scales, int64_t x_stride, int count, const float* bias, float* out,
+                 int64_t out_stride, Store store);
   // Reorders x (n) so that every even element of a block stands before every odd one.
   void (*split_bf16)(const float* x, int64_t n, float* out);
   // x = scale * out with out in -limit .. limit; returns the scale. The limit keeps the sum of n
@@ -89,7 +100,7 @@ struct Kernels {
 constexpr int64_t kRowBlock = 48;
 
 // Of those, rows that are widened together and stay in the second-level cache.
-constexpr int64_t kRowStep = 24;
+constexpr int64_t kRowStep = 12;
 
 constexpr int64_t gemm_scratch(int64_t cols) { return kRowStep * (cols + 1) * 4; }
 

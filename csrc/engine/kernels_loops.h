@@ -340,6 +340,172 @@ void weighted_sum(const float* v, int64_t rows, int64_t cols, const float* p, fl
   }
 }
 
+// ---- a few tokens: rows times several vectors, each row read once ----
+
+// R rows times T vectors; every sum runs in the order in which one vector's does.
+struct F32Few {
+  const float* w;
+  using X = float;
+  static constexpr int step = W;
+  using Sum = F;
+  using Value = float;
+  static Sum zero() { return Isa::zero(); }
+  template <int R, int T>
+  void take(Sum* sums, int64_t cols, const X* const* x, int64_t k) const {
+    NANOGPT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F row = Isa::load(w + r * cols + k);
+      NANOGPT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[r * T + t] = Isa::fma(row, Isa::load(x[t] + k), sums[r * T + t]);
+      }
+    }
+  }
+  float tail(int64_t index, const X* x, int64_t k) const { return w[index] * x[k]; }
+};
+
+struct Bf16Few {
+  const uint16_t* w;
+  using X = float;
+  static constexpr int step = 2 * W;
+  using Sum = F;
+  using Value = float;
+  static Sum zero() { return Isa::zero(); }
+  template <int R, int T>
+  void take(Sum* sums, int64_t cols, const X* const* x, int64_t k) const {
+    NANOGPT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const I pair = Isa::load_bits(w + r * cols + k);
+      const F even = Isa::even_bf16(pair), odd = Isa::odd_bf16(pair);
+      NANOGPT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const F first = Isa::fma(even, Isa::load(x[t] + k), sums[r * T + t]);
+        sums[r * T + t] = Isa::fma(odd, Isa::load(x[t] + k + W), first);
+      }
+    }
+  }
+  float tail(int64_t index, const X* x, int64_t k) const { return from_bf16(w[index]) * x[k]; }
+};
+
+struct I8Few {
+  const int8_t* w;
+  using X = int16_t;
+  static constexpr int step = 2 * W;
+  using Sum = I;
+  using Value = int32_t;
+  static Sum zero() { return Isa::int_zero(); }
+  template <int R, int T>
+  void take(Sum* sums, int64_t cols, const X* const* x, int64_t k) const {
+    NANOGPT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const I row = Isa::widen_i8(w + r * cols + k);
+      NANOGPT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[r * T + t] = Isa::dot_i16(sums[r * T + t], row, Isa::load_ints(x[t] + k));
+      }
+    }
+  }
+  int32_t tail(int64_t index, const X* x, int64_t k) const { return w[index] * x[k]; }
+};
+
+// Calls keep(row, token, sum) for R rows from `row` on.
+template <int R, int T, typename Rows, typename Keep>
+inline void few_tile(const Rows& rows, int64_t row, int64_t cols, const typename Rows::X* const* x,
+                     int count, const Keep& keep) {
+  constexpr int N = (R * T + 7) / 8 * 8;
+  typename Rows::Sum sums[N];
+  typename Rows::Value values[N];
+  NANOGPT_UNROLL
+  for (int i = 0; i < N; ++i) sums[i] = Rows::zero();
+  int64_t k = 0;
+  for (; k + Rows::step <= cols; k += Rows::step) rows.template take<R, T>(sums, cols, x, k);
+  NANOGPT_UNROLL
+  for (int i = 0; i < N; i += 8) Isa::reduce8(sums + i, values + i);
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < count; ++t) {
+      typename Rows::Value value = values[r * T + t];
+      for (int64_t at = k; at < cols; ++at) value += rows.tail(r * cols + at, x[t], at);
+      keep(row + r, t, value);
+    }
+  }
+}
+
+// `given` vectors, at most T; what is missing is the last one again.
+template <int T, typename Rows, typename Keep>
+inline void few_rows(Rows rows, int64_t n, int64_t cols, const typename Rows::X* x, int64_t stride,
+                     int given, const Keep& keep) {
+  constexpr int room = Isa::registers >= 32 ? 24 : 12;
+  constexpr int R = room / T > 0 ? room / T : 1;
+  const typename Rows::X* each[T];
+  for (int t = 0; t < T; ++t) each[t] = x + (t < given ? t : given - 1) * stride;
+  int64_t r = 0;
+  for (; r + R <= n; r += R, rows.w += R * cols) {
+    few_tile<R, T>(rows, r, cols, each, given, keep);
+  }
+  for (; r < n; ++r, rows.w += cols) few_tile<1, T>(rows, r, cols, each, given, keep);
+}
+
+template <typename Rows, typename Keep>
+inline void few(Rows rows, int64_t n, int64_t cols, const typename Rows::X* x, int64_t stride,
+                int count, const Keep& keep) {
+  if (count <= 2) {
+    few_rows<2>(rows, n, cols, x, stride, count, keep);
+  } else if (count <= 4) {
+    few_rows<4>(rows, n, cols, x, stride, count, keep);
+  } else if (count <= 6) {
+    few_rows<6>(rows, n, cols, x, stride, count, keep);
+  } else if (count <= 8) {
+    few_rows<8>(rows, n, cols, x, stride, count, keep);
+  } else {
+    few_rows<kFew>(rows, n, cols, x, stride, count, keep);
+  }
+}
+
+// The end of `few`: bias, what stands there already, GELU.
+struct FewOut {
+  const float* bias;
+  float* out;
+  int64_t stride;
+  Store store;
+  void keep(int64_t row, int token, float value) const {
+    float* at = out + token * stride + row;
+    value += bias ? bias[row] : 0.0f;
+    *at = store == Store::add ? value + *at : value;
+  }
+  void end(int64_t rows, int count) const {
+    if (store != Store::gelu) return;
+    for (int t = 0; t < count; ++t) {
+      map_floats(out + t * stride, rows, [](F x) { return gelu_of(x); });
+    }
+  }
+};
+
+void few_f32(const float* w, int64_t rows, int64_t cols, const float* x, int64_t x_stride,
+             int count, const float* bias, float* out, int64_t out_stride, Store store) {
+  const FewOut end{bias, out, out_stride, store};
+  few(F32Few{w}, rows, cols, x, x_stride, count,
+      [&](int64_t row, int token, float value) { end.keep(row, token, value); });
+  end.end(rows, count);
+}
+
+void few_bf16(const uint16_t* w, int64_t rows, int64_t cols, const float* x, int64_t x_stride,
+              int count, const float* bias, float* out, int64_t out_stride, Store store) {
+  const FewOut end{bias, out, out_stride, store};
+  few(Bf16Few{w}, rows, cols, x, x_stride, count,
+      [&](int64_t row, int token, float value) { end.keep(row, token, value); });
+  end.end(rows, count);
+}
+
+void few_i8(const int8_t* w, const float* scales, int64_t rows, int64_t cols, const int16_t* x,
+            const float* x_scales, int64_t x_stride, int count, const float* bias, float* out,
+            int64_t out_stride, Store store) {
+  const FewOut end{bias, out, out_stride, store};
+  few(I8Few{w}, rows, cols, x, x_stride, count, [&](int64_t row, int token, int32_t sum) {
+    end.keep(row, token, static_cast<float>(sum) * (scales[row] * x_scales[token]));
+  });
+  end.end(rows, count);
+}
+
 // The columns in the order of the file: a load of pairs gives even and odd ones apart.
 void weighted_sum_bf16(const uint16_t* v, int64_t rows, int64_t cols, const float* p, float* out) {
   int64_t c = 0;
@@ -520,7 +686,7 @@ void block_bf16(const uint16_t* w, int64_t ld, int64_t cols, const Panel& panel,
 // How many rows go with NV vectors of tokens: as many sums as the registers hold. kRowStep is a
 // multiple of each.
 constexpr int rows_with(int vectors) {
-  return Isa::registers >= 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 2);
+  return Isa::registers >= 32 ? (vectors >= 3 ? 6 : 12) : (vectors == 2 ? 6 : 2);
 }
 
 // Cuts `rows` into blocks and calls block.template run<NR, NV>(row, panel, token) for each.
@@ -812,6 +978,9 @@ const Kernels NANOGPT_KERNELS = {
     matvec_f32,
     matvec_bf16,
     matvec_i8,
+    few_f32,
+    few_bf16,
+    few_i8,
     split_bf16,
     quantize,
     layer_norm,

@@ -267,7 +267,9 @@ std::string nearest(const std::string& word) {
     for (const std::string& name :
          {std::string(flag.name), "--no-" + std::string(flag.name).substr(2)}) {
       if (find_flag(name) == nullptr && find_negation(name) == nullptr) continue;
-      const size_t changes = distance(word, name);
+      // The beginning of a flag means that flag.
+      const bool begins = word.size() > 3 && name.compare(0, word.size(), word) == 0;
+      const size_t changes = begins ? 0 : distance(word, name);
       if (changes < least) least = changes, best = name;
     }
   }
