@@ -113,7 +113,7 @@ def our_rates(binary: Path, files: dict[str, Any]) -> dict[str, float]:
     found = run_json(
         [binary, files["pt"], "--bench", "--json", "--threads", THREADS, "--repetitions", 3]
     )
-    rates = {row["test"]: row["median_tokens_per_second"] for row in found["results"]}
+    rates = {row["test"]: row["median"] for row in found["tests"]}
     return rates | {"read limit": found["read_limit_tokens_per_second"]}
 
 

@@ -728,7 +728,9 @@ def test_bench_measures_prompts_and_writing_over_repetitions(generate, folder, t
         assert test["mean"] == pytest.approx(statistics.fmean(rates))
         assert test["standard_deviation"] == pytest.approx(statistics.stdev(rates))
         assert test["median"] == pytest.approx(statistics.median(rates))
-    table = generate(path, "--bench", "--repetitions=1").stdout.splitlines()
+    assert result["read_limit_tokens_per_second"] > 0
+    *table, limit = generate(path, "--bench", "--repetitions=1").stdout.splitlines()
+    assert re.fullmatch(r"reading the weights once a token would allow [\d.]+ t/s", limit)
     assert len({len(line) for line in table}) == 1, "columns stand below each other"
     tests = [row.split("|")[7].strip() for row in table]
     assert (tests[0], set(tests[1]), tests[2:]) == ("test", {"-"}, ["pp64", "pp96", "tg96"])

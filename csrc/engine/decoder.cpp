@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kBlock = 128;
 // Steps that each candidate number of threads is timed for.
 constexpr int kTrials = 4;
+// Steps after which the choice is made anew, because what else the machine does changes.
+constexpr int kStepsOfAChoice = 2000;
 
 struct Matrix {
   DType dtype = DType::f32;
@@ -166,6 +168,7 @@ struct Decoder::State {
                        const float* value, int64_t stride, float* line) const;
 
   int threads_for_step();
+  void start_trial();
   void took(double seconds);
 
   Config config;
@@ -214,9 +217,10 @@ struct Decoder::State {
 
   std::unique_ptr<ThreadPool> pool;
   std::vector<Scratch> scratches;
-  std::vector<int> candidates;  // numbers of threads under trial; empty once one is chosen
+  std::vector<int> candidates;  // numbers of threads to choose from; empty where one is given
   std::vector<double> best_seconds;
-  int trial = 0;
+  bool under_trial = false;
+  int trial = 0;  // steps of this trial, or since the last one
   int chosen = 1;
 };
 
@@ -271,7 +275,7 @@ Decoder::State::State(const Weights& weights, int threads)
     for (int n = most; n > 1; n /= 2) candidates.push_back(n);
     candidates.push_back(1);
     if (candidates.size() == 1) candidates.clear();
-    best_seconds.assign(candidates.size(), 1e30);
+    if (!candidates.empty()) start_trial();
   }
 }
 
@@ -666,17 +670,29 @@ void Decoder::State::block(int thread, int threads) {
 }
 
 int Decoder::State::threads_for_step() {
-  return candidates.empty() ? chosen : candidates[static_cast<size_t>(trial) % candidates.size()];
+  return under_trial ? candidates[static_cast<size_t>(trial) % candidates.size()] : chosen;
 }
 
 void Decoder::State::took(double seconds) {
   if (candidates.empty()) return;
-  const size_t which = static_cast<size_t>(trial) % candidates.size();
+  ++trial;
+  if (!under_trial) {
+    if (trial == kStepsOfAChoice) start_trial();
+    return;
+  }
+  const size_t which = static_cast<size_t>(trial - 1) % candidates.size();
   best_seconds[which] = std::min(best_seconds[which], seconds);
-  if (++trial < kTrials * static_cast<int>(candidates.size())) return;
+  if (trial < kTrials * static_cast<int>(candidates.size())) return;
   const auto best = std::min_element(best_seconds.begin(), best_seconds.end());
   chosen = candidates[static_cast<size_t>(best - best_seconds.begin())];
-  candidates.clear();
+  under_trial = false;
+  trial = 0;
+}
+
+void Decoder::State::start_trial() {
+  under_trial = true;
+  trial = 0;
+  best_seconds.assign(candidates.size(), 1e30);
 }
 
 const float* Decoder::State::append(const int32_t* tokens, int64_t count, float* all) {

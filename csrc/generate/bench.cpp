@@ -144,6 +144,10 @@ std::string bench_table(const BenchSubject& subject, const std::vector<BenchResu
       table += "|\n";
     }
   }
+  if (subject.read_limit > 0) {
+    table +=
+        "reading the weights once a token would allow " + shown_rate(subject.read_limit) + " t/s\n";
+  }
   return table;
 }
 
@@ -170,6 +174,7 @@ std::string bench_json(const BenchSubject& subject, const std::vector<BenchResul
       {"weight_bytes", subject.weight_bytes},
       {"parameters", subject.parameters},
       {"load_ms", subject.load_ms},
+      {"read_limit_tokens_per_second", or_null(subject.read_limit > 0, subject.read_limit)},
       {"tests", tests}};
   return object.dump(-1, ' ', true) + "\n";
 }

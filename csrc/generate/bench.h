@@ -18,6 +18,8 @@ struct BenchSubject {
   size_t weight_bytes = 0;
   int64_t parameters = 0;
   double load_ms = 0;
+  // Tokens a second if a token took no longer than reading the weights once; 0 where not measured.
+  double read_limit = 0;
 };
 
 struct BenchResult {

@@ -20,6 +20,7 @@
 #include "engine/error.h"
 #include "engine/generator.h"
 #include "engine/model_file.h"
+#include "engine/read_limit.h"
 #include "engine/rewards.h"
 #include "engine/thread_pool.h"
 #include "engine/tokenizer.h"
@@ -106,6 +107,10 @@ int bench(const Arguments& arguments, const ModelFile& file, LogitsSource& sourc
     subject.weight_bytes += tensor.bytes;
     const bool scales = name.size() > 6 && name.compare(name.size() - 6, 6, ".scale") == 0;
     if (!scales) subject.parameters += static_cast<int64_t>(tensor.bytes / bytes_of(tensor.dtype));
+  }
+  if (decoder != nullptr) {
+    const int threads = arguments.threads > 0 ? arguments.threads : usable_cpus();
+    subject.read_limit = 1 / seconds_to_read(file.weights(), threads, 10);
   }
   const auto results = run_bench(source, arguments.repetitions, arguments.seed.value_or(0));
   const int threads = decoder != nullptr ? decoder->threads() : arguments.threads;
