@@ -99,13 +99,23 @@ inline void finish(float* out, const float* values, const float* bias, int64_t r
 
 constexpr int kRows = 8;  // rows that share every load of x
 
+// The rows that come next are fetched while these are used: what a CPU fetches by itself follows
+// one row at a time and not across pages, and lost a third of the memory's rate with rows of 1.5
+// KB.
+inline void fetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+// How many elements ahead, which is nothing for the last rows.
+inline int64_t next_rows(int64_t row, int64_t rows, int64_t cols) {
+  return row + 2 * kRows <= rows ? kRows * cols : 0;
+}
+
 struct F32Rows {
   const float* w;
   const float* x;
   static constexpr int step = W;
   using Sum = F;
   Sum zero() const { return Isa::zero(); }
-  void take(Sum* sums, int rows, int64_t cols, int64_t k) const {
+  void take(Sum* sums, int rows, int64_t cols, int64_t k, int64_t /* next */) const {
     const F v = Isa::load(x + k);
     NANOGPT_UNROLL
     for (int r = 0; r < rows; ++r) sums[r] = Isa::fma(Isa::load(w + r * cols + k), v, sums[r]);
@@ -119,11 +129,13 @@ struct Bf16Rows {
   static constexpr int step = 2 * W;
   using Sum = F;
   Sum zero() const { return Isa::zero(); }
-  void take(Sum* sums, int rows, int64_t cols, int64_t k) const {
+  void take(Sum* sums, int rows, int64_t cols, int64_t k, int64_t next) const {
     const F even = Isa::load(x + k), odd = Isa::load(x + k + W);
     NANOGPT_UNROLL
     for (int r = 0; r < rows; ++r) {
-      const auto pair = Isa::load_bits(w + r * cols + k);
+      const uint16_t* at = w + r * cols + k;
+      fetch(at + next);
+      const auto pair = Isa::load_bits(at);
       sums[r] = Isa::fma(Isa::even_bf16(pair), even, sums[r]);
       sums[r] = Isa::fma(Isa::odd_bf16(pair), odd, sums[r]);
     }
@@ -132,12 +144,12 @@ struct Bf16Rows {
 };
 
 template <int R, typename Rows>
-inline void float_rows(const Rows& rows, int64_t cols, float* values) {
+inline void float_rows(const Rows& rows, int64_t cols, int64_t next, float* values) {
   F sums[kRows];
   NANOGPT_UNROLL
   for (int r = 0; r < kRows; ++r) sums[r] = rows.zero();
   int64_t k = 0;
-  for (; k + Rows::step <= cols; k += Rows::step) rows.take(sums, R, cols, k);
+  for (; k + Rows::step <= cols; k += Rows::step) rows.take(sums, R, cols, k, next);
   Isa::reduce8(sums, values);
   for (; k < cols; ++k) {
     for (int r = 0; r < R; ++r) values[r] += rows.tail(r * cols + k, k);
@@ -150,11 +162,11 @@ inline void float_matvec(Rows rows, int64_t n, int64_t cols, const float* bias, 
   float values[kRows];
   int64_t r = 0;
   for (; r + kRows <= n; r += kRows, rows.w += kRows * cols) {
-    float_rows<kRows>(rows, cols, values);
+    float_rows<kRows>(rows, cols, next_rows(r, n, cols), values);
     finish(out + r, values, bias ? bias + r : nullptr, kRows, store);
   }
   for (; r < n; ++r, rows.w += cols) {
-    float_rows<1>(rows, cols, values);
+    float_rows<1>(rows, cols, 0, values);
     finish(out + r, values, bias ? bias + r : nullptr, 1, store);
   }
 }
@@ -181,7 +193,8 @@ void split_bf16(const float* x, int64_t n, float* out) {
 }
 
 template <int R>
-inline void int_rows(const int8_t* w, const int16_t* x, int64_t cols, int32_t* values) {
+inline void int_rows(const int8_t* w, const int16_t* x, int64_t cols, int64_t next,
+                     int32_t* values) {
   I sums[kRows];
   NANOGPT_UNROLL
   for (int r = 0; r < kRows; ++r) sums[r] = Isa::int_zero();
@@ -190,7 +203,9 @@ inline void int_rows(const int8_t* w, const int16_t* x, int64_t cols, int32_t* v
     const I v = Isa::load_ints(x + k);
     NANOGPT_UNROLL
     for (int r = 0; r < R; ++r) {
-      sums[r] = Isa::dot_i16(sums[r], Isa::widen_i8(w + r * cols + k), v);
+      const int8_t* at = w + r * cols + k;
+      fetch(at + next);
+      sums[r] = Isa::dot_i16(sums[r], Isa::widen_i8(at), v);
     }
   }
   Isa::reduce8(sums, values);
@@ -207,9 +222,9 @@ void matvec_i8(const int8_t* w, const float* scales, int64_t rows, int64_t cols,
   while (r < rows) {
     const int count = r + kRows <= rows ? kRows : 1;
     if (count == kRows) {
-      int_rows<kRows>(w + r * cols, x, cols, sums);
+      int_rows<kRows>(w + r * cols, x, cols, next_rows(r, rows, cols), sums);
     } else {
-      int_rows<1>(w + r * cols, x, cols, sums);
+      int_rows<1>(w + r * cols, x, cols, 0, sums);
     }
     for (int i = 0; i < count; ++i) {
       values[i] = static_cast<float>(sums[i]) * (scales[r + i] * x_scale);
