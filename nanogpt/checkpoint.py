@@ -163,7 +163,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
         os.replace(temporary, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 @contextlib.contextmanager
@@ -181,9 +181,9 @@ def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], str]]:
         raise
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's content durable, or the renames inside a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

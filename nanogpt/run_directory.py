@@ -209,11 +209,11 @@ class RunDirectory:
             }
             raw = json.dumps({"files": manifest}, indent=1, sort_keys=True).encode()
             _write_synced(temporary / MANIFEST, lambda file: file.write(raw))
-            checkpoint.fsync_folder(temporary)
+            checkpoint.fsync(temporary)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
-            checkpoint.fsync_folder(parent)
+            checkpoint.fsync(parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

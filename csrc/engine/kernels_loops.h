@@ -613,8 +613,8 @@ inline void store_tile(F (&sums)[NR][NV], const float* bias, float* out, int wid
 }
 
 template <int NR, int NV>
-void block_f32(const float* w, int64_t ld, int64_t cols, const Panel& panel, int token,
-               const float* bias, float* out, Store store) {
+void block_of(const float* w, int64_t ld, const float*, int64_t cols, const Panel& panel, int token,
+              const float* bias, float* out, Store store) {
   F sums[NR][NV];
   NANOGPT_UNROLL
   for (int r = 0; r < NR; ++r) {
@@ -626,8 +626,8 @@ void block_f32(const float* w, int64_t ld, int64_t cols, const Panel& panel, int
 }
 
 template <int NR, int NV>
-void block_i16(const int16_t* w, int64_t ld, const float* row_scales, int64_t cols,
-               const Panel& panel, int token, const float* bias, float* out, Store store) {
+void block_of(const int16_t* w, int64_t ld, const float* row_scales, int64_t cols,
+              const Panel& panel, int token, const float* bias, float* out, Store store) {
   I sums[NR][NV];
   NANOGPT_UNROLL
   for (int r = 0; r < NR; ++r) {
@@ -660,8 +660,8 @@ void block_i16(const int16_t* w, int64_t ld, const float* row_scales, int64_t co
 
 #if defined(NANOGPT_BF16_DOT)
 template <int NR, int NV>
-void block_bf16(const uint16_t* w, int64_t ld, int64_t cols, const Panel& panel, int token,
-                const float* bias, float* out, Store store) {
+void block_of(const uint16_t* w, int64_t ld, const float*, int64_t cols, const Panel& panel,
+              int token, const float* bias, float* out, Store store) {
   F sums[NR][NV];
   NANOGPT_UNROLL
   for (int r = 0; r < NR; ++r) {
@@ -745,81 +745,59 @@ inline void all_panels(const Block& block, int64_t row, int64_t rows, const Pane
   }
 }
 
-struct F32Block {
-  const float* w;
+// Rows from `first` of a matrix on, `ld` apart, with all that `block_of` wants to know.
+template <typename T>
+struct RowBlock {
+  const T* w;
   int64_t ld, first, cols;
+  const float* scales;  // int8 only
   const float* bias;
   Store store;
   template <int NR, int NV>
   void run(int64_t row, const Panel& panel, int token) const {
-    block_f32<NR, NV>(w + row * ld, ld, cols, panel, token, bias ? bias + first + row : nullptr,
-                      panel.out + (first + row) * panel.width, store);
+    block_of<NR, NV>(w + row * ld, ld, scales ? scales + row : nullptr, cols, panel, token,
+                     bias ? bias + first + row : nullptr, panel.out + (first + row) * panel.width,
+                     store);
   }
 };
+
+// Calls part(row, count) for a few rows at a time.
+template <typename Part>
+inline void by_steps(int64_t rows, const Part& part) {
+  for (int64_t row = 0; row < rows; row += kRowStep) {
+    part(row, rows - row < kRowStep ? rows - row : kRowStep);
+  }
+}
 
 void gemm_f32(const float* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
               const Panel* panels, int n_panels, Store store, void*) {
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
-    all_panels(F32Block{w + row * cols, cols, first + row, cols, bias, store}, 0, count, panels,
-               n_panels);
-  }
+  by_steps(rows, [&](int64_t row, int64_t count) {
+    all_panels(RowBlock<float>{w + row * cols, cols, first + row, cols, nullptr, bias, store}, 0,
+               count, panels, n_panels);
+  });
 }
 
+// Without products of bfloat16 pairs, rows become float32 first.
+void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
+               const Panel* panels, int n_panels, Store store, [[maybe_unused]] void* scratch) {
+  by_steps(rows, [&](int64_t row, int64_t count) {
 #if defined(NANOGPT_BF16_DOT)
-struct Bf16Block {
-  const uint16_t* w;
-  int64_t ld, first, cols;
-  const float* bias;
-  Store store;
-  template <int NR, int NV>
-  void run(int64_t row, const Panel& panel, int token) const {
-    block_bf16<NR, NV>(w + row * ld, ld, cols, panel, token, bias ? bias + first + row : nullptr,
-                       panel.out + (first + row) * panel.width, store);
-  }
-};
-
-void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
-               const Panel* panels, int n_panels, Store store, void*) {
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
-    all_panels(Bf16Block{w + row * cols, cols, first + row, cols, bias, store}, 0, count, panels,
-               n_panels);
-  }
-}
+    all_panels(RowBlock<uint16_t>{w + row * cols, cols, first + row, cols, nullptr, bias, store}, 0,
+               count, panels, n_panels);
 #else
-// Without products of bfloat16 pairs, rows become float32 first, a few at a time.
-void gemm_bf16(const uint16_t* w, int64_t first, int64_t rows, int64_t cols, const float* bias,
-               const Panel* panels, int n_panels, Store store, void* scratch) {
-  float* wide = static_cast<float*>(scratch);
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
+    float* wide = static_cast<float*>(scratch);
     from_bf16s(w + row * cols, count * cols, wide);
-    all_panels(F32Block{wide, cols, first + row, cols, bias, store}, 0, count, panels, n_panels);
-  }
-}
+    all_panels(RowBlock<float>{wide, cols, first + row, cols, nullptr, bias, store}, 0, count,
+               panels, n_panels);
 #endif
-
-struct I8Block {
-  const int16_t* w;
-  int64_t ld, first, cols;
-  const float* scales;
-  const float* bias;
-  Store store;
-  template <int NR, int NV>
-  void run(int64_t row, const Panel& panel, int token) const {
-    block_i16<NR, NV>(w + row * ld, ld, scales + row, cols, panel, token,
-                      bias ? bias + first + row : nullptr, panel.out + (first + row) * panel.width,
-                      store);
-  }
-};
+  });
+}
 
 void gemm_i8(const int8_t* w, const float* scales, int64_t first, int64_t rows, int64_t cols,
              const float* bias, const Panel* panels, int n_panels, Store store, void* scratch) {
   int16_t* wide = static_cast<int16_t*>(scratch);
   const int64_t ld = (cols + 1) / 2 * 2;
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    const int64_t count = rows - row < kRowStep ? rows - row : kRowStep;
+  by_steps(rows, [&](int64_t row, int64_t count) {
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* from = w + (row + r) * cols;
       int16_t* to = wide + r * ld;
@@ -828,9 +806,9 @@ void gemm_i8(const int8_t* w, const float* scales, int64_t first, int64_t rows, 
       for (; k < cols; ++k) to[k] = from[k];
       if (ld > cols) to[cols] = 0;
     }
-    all_panels(I8Block{wide, ld, first + row, cols, scales + row, bias, store}, 0, count, panels,
-               n_panels);
-  }
+    all_panels(RowBlock<int16_t>{wide, ld, first + row, cols, scales + row, bias, store}, 0, count,
+               panels, n_panels);
+  });
 }
 
 // ---- one group of kLanes tokens ----

@@ -217,7 +217,7 @@ def _put_into_place(output: Path) -> Iterator[Path]:
         path = Path(folder) / target.name
         yield path
         for part in [path, *path.rglob("*")]:
-            _fsync(part)
+            checkpoint.fsync(part)
         if target.is_dir():
             earlier = Path(folder) / "earlier"
             os.rename(target, earlier)
@@ -225,15 +225,7 @@ def _put_into_place(output: Path) -> Iterator[Path]:
             shutil.rmtree(earlier)
         else:
             os.replace(path, target)
-        checkpoint.fsync_folder(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        checkpoint.fsync(target.parent)
 
 
 def _as_json(report: Report) -> dict[str, Any]:
