@@ -669,6 +669,22 @@ def test_a_full_disk_leaves_the_old_file(nanogpt, model_path, tmp_path, monkeypa
     assert (tmp_path / "model.pt").read_text() == "old"
 
 
+def test_a_disk_that_fills_up_under_gguf_is_called_full(
+    nanogpt, model_path, tmp_path, monkeypatch
+):
+    package = pytest.importorskip("gguf")
+
+    def short(self):  # as numpy's tofile ends
+        raise OSError("4096 requested and 3648 written")
+
+    monkeypatch.setattr(package.GGUFWriter, "write_tensors_to_file", short)
+    outcome = nanogpt("export", "--model", model_path, "--format", "gguf", "--output",
+                      tmp_path / "model.gguf")  # fmt: skip
+    assert outcome.code == 1
+    assert "the disk is full" in outcome.err
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_terminated_in_the_middle_it_cleans_up_and_ends_with_143(model_path, tmp_path):
     program = f"""
 import sys, time
