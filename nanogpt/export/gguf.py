@@ -11,6 +11,7 @@ left out by llama.cpp, where we refuse it.)
 Position embeddings and vectors stay F32. Needs the package `gguf`.
 """
 
+import contextlib
 import errno
 import importlib
 import os
@@ -89,6 +90,8 @@ def write(model: GPT, quantize: str, path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            writer.close()
         if error.errno is None:  # numpy says how much it wrote, and not why no more
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
