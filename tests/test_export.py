@@ -442,6 +442,29 @@ def test_an_archive_that_computes_something_else_is_not_left(
     assert (tmp_path / "model.pt").read_text() == "old"
 
 
+def test_an_archive_with_another_tokenizer_or_calibration_is_not_left(tmp_path, monkeypatch):
+    real, model = torchscript.write, make_model()
+
+    def another(model, quantize, file):
+        changed = copy.copy(model)
+        change(changed)
+        real(changed, quantize, file)
+
+    monkeypatch.setattr(torchscript, "write", another)
+    characters = model.tokenizer.characters
+    for name, value in (
+        ("calibration_temperature", 3.0),
+        ("tokenizer", CharTokenizer([*characters[:-1], "Ω"])),
+    ):
+
+        def change(changed, name=name, value=value):
+            setattr(changed, name, value)
+
+        with pytest.raises(NanoGPTError, match="the index does not describe the model"):
+            export_model(model, tmp_path / "model.pt")
+        assert os.listdir(tmp_path) == []
+
+
 class FakeNative:
     """The native engine's interface over the plain model; `error` is added to its logits."""
 

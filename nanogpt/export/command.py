@@ -179,7 +179,11 @@ def _torchscript(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
         torchscript.write(model, quantize, file)
     if not check:
         return [], None
-    archive.read(path)
+    content = archive.read(path)
+    # Configuration, tokenizer and calibration, which no logits show.
+    described = archive.describe(model.describe(), quantize, content.index["tensors"])
+    if content.records[archive.INDEX] != described:
+        raise NanoGPTError("nothing was written, because the index does not describe the model")
     rows, note = compare(model, quantize, path)
     for row in rows:
         if not row.holds:
