@@ -94,8 +94,8 @@ def test_what_was_built_before_the_source_folder_was_moved_is_no_obstacle(source
         "cmake_minimum_required(VERSION 3.19)\nproject(small LANGUAGES CXX)\n"
         "add_executable(nanogpt-generate small.cpp)\n"
         "add_library(module MODULE small.cpp)\n"
-        "set_target_properties(module PROPERTIES PREFIX \"\" OUTPUT_NAME _C SUFFIX\n"
-        f"  \"{sysconfig.get_config_var('EXT_SUFFIX')}\")\n"
+        'set_target_properties(module PROPERTIES PREFIX "" OUTPUT_NAME _C SUFFIX\n'
+        f'  "{sysconfig.get_config_var("EXT_SUFFIX")}")\n'
     )
     (source / "csrc" / "small.cpp").write_text("int main() { return 0; }\n")
     moved = tmp_path / "moved to a name with spaces"
