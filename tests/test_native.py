@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_programs import native_program
 
 from nanogpt import GPT, checkpoint, decoding, native
 from nanogpt.config import GPTConfig
@@ -709,3 +710,15 @@ def test_a_model_that_the_engine_cannot_share_is_named(model):
     with pytest.raises(RuntimeError, match="bfloat16"):
         half.generate(tokens, 3, engine="native")
     assert half.generate(tokens, 3, engine="auto").shape == (1, 6)
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_is_allocated_for_a_token(tmp_path, threads):
+    path = tmp_path / "model.pt"
+    export_model(small_model(), path, verify=False)
+    program = native_program("allocation_check")
+    done = subprocess.run([program, path, str(threads)], capture_output=True, text=True, check=True)
+    of_tokens, of_loading = map(int, done.stdout.split(" of "))
+    assert of_tokens == 0
+    assert of_loading > 10, "the count counts"
