@@ -339,7 +339,9 @@ def test_what_is_no_number_in_the_weights_is_none_in_the_logits(
     # A query's and a key's number, and what is norm's or GELU's.
     for name, index in (("attn.c_attn", 5), ("attn.c_attn", 41), ("ln_1", 3), ("mlp.c_fc", 3)):
         for value in (np.nan, of_ones, np.inf):
-            engine = engine_of(compiled, model, kind, changes=[(f"{layer}{name}.bias", index, value)])
+            engine = engine_of(
+                compiled, model, kind, changes=[(f"{layer}{name}.bias", index, value)]
+            )
             assert not np.isfinite(engine.prefill(tokens)).any(), (name, value, "a block of tokens")
             assert not np.isfinite(engine.prefill(tokens[:9])).any(), (name, value, "a few tokens")
             engine.prefill(tokens[:1])
@@ -373,7 +375,8 @@ def test_the_child_of_a_fork_computes_and_forgets_an_engine():
         "import numpy as np\n"
         "from nanogpt import _C\n"
         "sizes = dict(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8)\n"
-        "shapes = {'wte': (5, 8), 'wpe': (8, 8), 'ln_f': (8,), 'h.0.ln_1': (8,), 'h.0.ln_2': (8,),\n"
+        "shapes = {'wte': (5, 8), 'wpe': (8, 8), 'ln_f': (8,), 'h.0.ln_1': (8,),\n"
+        "    'h.0.ln_2': (8,),\n"
         "    'h.0.attn.c_attn': (24, 8), 'h.0.attn.c_proj': (8, 8), 'h.0.mlp.c_fc': (32, 8),\n"
         "    'h.0.mlp.c_proj': (8, 32)}\n"
         "random = np.random.default_rng(1)\n"

@@ -220,7 +220,7 @@ struct Decoder::State {
   std::vector<int> candidates;  // numbers of threads to choose from; empty where one is given
   std::vector<double> best_seconds;
   bool under_trial = false;
-  int trial = 0;  // steps of this trial, or since the last one
+  int trial = 0;               // steps of this trial, or since the last one
   std::atomic<int> chosen{1};  // others may ask while a token is computed
 };
 

@@ -332,10 +332,9 @@ int main() {
         const std::string where = title + " shape " + std::to_string(shape);
         std::vector<Logits> first;
         // More threads than processors wait for each other long, so they read the short text.
-        const std::vector<int> counts =
-            shape == 2   ? std::vector<int>{1, 2, 5, 0}
-            : shape == 4 ? std::vector<int>{1, 2}
-                         : std::vector<int>{1, 2, 3};
+        const std::vector<int> counts = shape == 2   ? std::vector<int>{1, 2, 5, 0}
+                                        : shape == 4 ? std::vector<int>{1, 2}
+                                                     : std::vector<int>{1, 2, 3};
         for (const int threads : counts) {
           std::unique_ptr<Decoder> decoder;
           try {
