@@ -70,7 +70,7 @@ struct Scratch {
         wide_keys(c.block_size * c.head_width()),
         wide_values(c.block_size * c.head_width()),
         gemm(gemm_scratch(4 * c.n_embd)),
-        rows(kRowBlock * kBlock) {}
+        rows(std::max(kRowBlock * kBlock, kFew * c.head_width())) {}
   Buffer<float> normed;
   Buffer<float> split;
   Buffer<int16_t> ints;
@@ -220,8 +220,8 @@ struct Decoder::State {
   std::vector<int> candidates;  // numbers of threads to choose from; empty where one is given
   std::vector<double> best_seconds;
   bool under_trial = false;
-  int trial = 0;  // steps of this trial, or since the last one
-  int chosen = 1;
+  int trial = 0;               // steps of this trial, or since the last one
+  std::atomic<int> chosen{1};  // others may ask while a token is computed
 };
 
 Decoder::State::State(const Weights& weights, int threads)
@@ -670,7 +670,7 @@ void Decoder::State::block(int thread, int threads) {
 }
 
 int Decoder::State::threads_for_step() {
-  return under_trial ? candidates[static_cast<size_t>(trial) % candidates.size()] : chosen;
+  return under_trial ? candidates[static_cast<size_t>(trial) % candidates.size()] : chosen.load();
 }
 
 void Decoder::State::took(double seconds) {
@@ -719,6 +719,7 @@ const float* Decoder::State::append(const int32_t* tokens, int64_t count, float*
   const int64_t lanes = (std::min(count, kBlock) + kLanes - 1) / kLanes * kLanes;
   if (lanes > largest_block) {
     prompt.reset();
+    largest_block = 0;  // where memory is refused, the next call asks again
     prompt = std::make_unique<PromptBuffers>(config, lanes);
     largest_block = lanes;
   }
