@@ -889,3 +889,10 @@ def test_nothing_is_allocated_for_a_token(tmp_path, threads):
     of_tokens, of_loading = map(int, done.stdout.split(" of "))
     assert of_tokens == 0
     assert of_loading > 10, "the count counts"
+
+
+@built
+@pytest.mark.parametrize("threads", [-1, 1025, 40_000])
+def test_more_threads_than_any_machine_needs_are_refused(model, threads):
+    with pytest.raises(UsageError, match=f"threads must be from 0 to 1024, not {threads}"):
+        native.engine_for(model, threads)

@@ -18,6 +18,8 @@ namespace {
 
 // Tokens of a prompt that go through the layers together: the weights are read once for them.
 constexpr int64_t kBlock = 128;
+// More wait for each other longer than they work, and thousands stop the machine.
+constexpr int kMostThreads = 1024;
 // Steps that each candidate number of threads is timed for.
 constexpr int kTrials = 4;
 // Steps after which the choice is made anew, because what else the machine does changes.
@@ -266,8 +268,11 @@ Decoder::State::State(const Weights& weights, int threads)
     layers.push_back(layer);
   }
 
-  if (threads < 0) throw UsageError("threads must be at least 0, not " + std::to_string(threads));
-  const int most = threads > 0 ? threads : usable_cpus();
+  if (threads < 0 || threads > kMostThreads) {
+    throw UsageError("threads must be from 0 to " + std::to_string(kMostThreads) + ", not " +
+                     std::to_string(threads));
+  }
+  const int most = threads > 0 ? threads : std::min(usable_cpus(), kMostThreads);
   pool = std::make_unique<ThreadPool>(most);
   for (int i = 0; i < most; ++i) scratches.emplace_back(config);
   chosen = most;
