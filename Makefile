@@ -44,6 +44,7 @@ $(BUILT): pyproject.toml setup.py constraints.txt $(CPP) $(shell find csrc -name
 # The generation binary looks for the plug-in in its environment.
 plugin:
 	@mkdir -p build/torchscript $(VENV)/lib/nanogpt
+	@rm -f build/torchscript/CMakeCache.txt  # it may know another torch, or this folder elsewhere
 	@{ $(VENV)/bin/cmake -S csrc/torchscript -B build/torchscript -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" -DPython3_EXECUTABLE="$(CURDIR)/$(RUN)" \
 	  && $(VENV)/bin/cmake --build build/torchscript; } >build/torchscript/log.txt 2>&1 \

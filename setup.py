@@ -74,6 +74,10 @@ def compiled(version: str) -> Path:
     """
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
     cmake, ninja = program_of("cmake"), program_of("ninja")
+    cache = folder / "CMakeCache.txt"
+    here = f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT / 'csrc'}\n"
+    if cache.is_file() and here not in cache.read_text(errors="replace"):
+        shutil.rmtree(folder)  # CMake refuses what it made before the source folder was moved
     flags = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "CMAKE_BUILD_TYPE": "Release",

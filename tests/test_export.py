@@ -442,6 +442,29 @@ def test_an_archive_that_computes_something_else_is_not_left(
     assert (tmp_path / "model.pt").read_text() == "old"
 
 
+def test_an_archive_with_another_tokenizer_or_calibration_is_not_left(tmp_path, monkeypatch):
+    real, model = torchscript.write, make_model()
+
+    def another(model, quantize, file):
+        changed = copy.copy(model)
+        change(changed)
+        real(changed, quantize, file)
+
+    monkeypatch.setattr(torchscript, "write", another)
+    characters = model.tokenizer.characters
+    for name, value in (
+        ("calibration_temperature", 3.0),
+        ("tokenizer", CharTokenizer([*characters[:-1], "Ω"])),
+    ):
+
+        def change(changed, name=name, value=value):
+            setattr(changed, name, value)
+
+        with pytest.raises(NanoGPTError, match="the index does not describe the model"):
+            export_model(model, tmp_path / "model.pt")
+        assert os.listdir(tmp_path) == []
+
+
 class FakeNative:
     """The native engine's interface over the plain model; `error` is added to its logits."""
 
@@ -602,6 +625,58 @@ def test_the_model_is_never_its_own_output(nanogpt, tmp_path):
         assert "is the --model itself" in outcome.err
 
 
+def test_an_hf_folder_never_replaces_the_model_or_what_is_no_export(nanogpt, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    checkpoint.save(make_model(), folder / "model.safetensors")
+    checkpoint.save(make_model(), tmp_path / "gpt.pth")
+    before = tree_of(tmp_path)
+    flags = ("--format", "hf", "--output", folder)
+    outcome = nanogpt("export", "--model", tmp_path / "gpt.pth", *flags)
+    assert outcome.code == 2
+    assert "lacks config.json" in outcome.err
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+        before[folder / name] = b"{}"
+    outcome = nanogpt("export", "--model", folder / "model.safetensors", *flags)
+    assert outcome.code == 2
+    assert "the --model lies in it" in outcome.err
+    assert tree_of(tmp_path) == before
+
+
+def test_an_error_between_the_two_renames_leaves_the_earlier_folder(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "gpt2", os.rename
+    export_model(make_model("byte"), folder, format="hf")
+    before = tree_of(tmp_path)
+
+    def second_fails(source, target):
+        if Path(target) == folder and Path(source).name == folder.name:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        export_model(make_model(), folder, format="hf")
+    assert tree_of(tmp_path) == before
+
+
+def test_a_pipe_or_a_device_is_never_replaced(nanogpt, model_path, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for format in ("torchscript", "gguf"):
+        outcome = nanogpt("export", "--model", model_path, "--format", format,
+                          "--output", tmp_path / "pipe")  # fmt: skip
+        assert outcome.code == 2
+        assert "is a device or a pipe" in outcome.err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_into_a_folder_that_is_not_there_and_a_long_name_are_written(tmp_path):
+    os.symlink("later/real.pt", tmp_path / "model.pt")
+    export_model(make_model(), tmp_path / "model.pt", verify=False)
+    archive.read(tmp_path / "later" / "real.pt")
+    export_model(make_model(), tmp_path / ("n" * 252 + ".pt"), verify=False)
+
+
 def test_a_full_disk_leaves_the_old_file(nanogpt, model_path, tmp_path, monkeypatch):
     (tmp_path / "model.pt").write_text("old")
     before = sorted(os.listdir(tmp_path))
@@ -615,6 +690,22 @@ def test_a_full_disk_leaves_the_old_file(nanogpt, model_path, tmp_path, monkeypa
     assert "the disk is full" in outcome.err
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "model.pt").read_text() == "old"
+
+
+def test_a_disk_that_fills_up_under_gguf_is_called_full(
+    nanogpt, model_path, tmp_path, monkeypatch
+):
+    package = pytest.importorskip("gguf")
+
+    def short(self):  # as numpy's tofile ends
+        raise OSError("4096 requested and 3648 written")
+
+    monkeypatch.setattr(package.GGUFWriter, "write_tensors_to_file", short)
+    outcome = nanogpt("export", "--model", model_path, "--format", "gguf", "--output",
+                      tmp_path / "model.gguf")  # fmt: skip
+    assert outcome.code == 1
+    assert "the disk is full" in outcome.err
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_terminated_in_the_middle_it_cleans_up_and_ends_with_143(model_path, tmp_path):

@@ -265,6 +265,10 @@ def test_a_missing_empty_or_foreign_model_is_refused(refusal, tmp_path):
     assert str(foreign) in refusal(3, foreign)
 
 
+def test_a_path_in_an_error_neither_breaks_the_line_nor_commands_the_terminal(refusal):
+    assert r"no\x1b[31m\nmodel.pt" in refusal(3, "no\x1b[31m\nmodel.pt")
+
+
 @pytest.mark.parametrize("name", ["char.pt", "char-int8.pt", "char.safetensors"])
 def test_one_flipped_bit_anywhere_is_refused_before_a_word_is_written(
     refusal, folder, tmp_path, name
@@ -815,8 +819,10 @@ def test_a_plug_in_that_does_not_fit_is_refused_in_words(
          source, "-o", library],
         check=True,
     )  # fmt: skip
-    named = {**os.environ, "NANOGPT_PLUGIN": str(library)}
-    assert words in refusal(2, folder / "char.pt", "--engine", "torchscript", env=named)
+    for name in (library, library.name):  # the second as it is named in its own folder
+        named = {**os.environ, "NANOGPT_PLUGIN": str(name)}
+        arguments = (folder / "char.pt", "--engine", "torchscript")
+        assert words in refusal(2, *arguments, env=named, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

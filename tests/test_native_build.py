@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_a_build_that_fails_leaves_the_package_whole_and_is_named(source, tmp_pa
     assert "nanogpt/native.py" in files
     assert not [file for file in files if file.endswith(".so") or ".data/" in file]
     assert "the native engine was not built" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+def test_what_was_built_before_the_source_folder_was_moved_is_no_obstacle(source, tmp_path):
+    # A source that compiles in a second; what CMake keeps is the same.
+    main = source / "csrc" / "CMakeLists.txt"
+    main.write_text(
+        "cmake_minimum_required(VERSION 3.19)\nproject(small LANGUAGES CXX)\n"
+        "add_executable(nanogpt-generate small.cpp)\n"
+        "add_library(module MODULE small.cpp)\n"
+        "set_target_properties(module PROPERTIES PREFIX \"\" OUTPUT_NAME _C SUFFIX\n"
+        f"  \"{sysconfig.get_config_var('EXT_SUFFIX')}\")\n"
+    )
+    (source / "csrc" / "small.cpp").write_text("int main() { return 0; }\n")
+    moved = tmp_path / "moved to a name with spaces"
+    for folder in (source, moved):
+        if folder == moved:
+            source.rename(moved)
+        out = tmp_path / f"out of {folder.name}"
+        done = build_wheel(folder, out, NANOGPT_REQUIRE_NATIVE="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert any(file.endswith("scripts/nanogpt-generate") for file in wheel_in(out)[1])
 
 
 def test_a_build_that_fails_is_an_error_where_the_engine_is_required(source, tmp_path):

@@ -189,7 +189,16 @@ int generate(const Arguments& arguments, Clock::time_point started) {
 }
 
 int complain(const std::string& sentence, int code) {
-  say("nanogpt-generate: " + sentence + "\n");
+  std::string line = "nanogpt-generate: ";
+  for (const char c : sentence) {
+    // A path may hold anything, and must neither break the line nor command the terminal.
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) {
+      line += visible({&c, 1});
+    } else {
+      line += c;
+    }
+  }
+  say(line + "\n");
   return code;
 }
 

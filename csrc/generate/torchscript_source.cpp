@@ -9,6 +9,7 @@
 
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "engine/error.h"
@@ -51,7 +52,9 @@ std::vector<std::string> places() {
 
 std::string find_plugin() {
   if (const char* named = std::getenv("NANOGPT_PLUGIN"); named != nullptr && *named != '\0') {
-    if (access(named, R_OK) == 0) return named;
+    // dlopen looks for a name without a slash elsewhere than in the working directory.
+    const bool has_slash = std::strchr(named, '/') != nullptr;
+    if (access(named, R_OK) == 0) return has_slash ? named : "./" + std::string(named);
     throw UsageError("NANOGPT_PLUGIN names " + visible(named) + ", which cannot be read");
   }
   for (const std::string& place : places()) {

@@ -69,7 +69,10 @@ def run(config: ExportConfig) -> int:
     check_combination(config.format, config.quantize, output)
     if output.exists() and Path(config.model).exists() and output.samefile(config.model):
         raise UsageError(f"--output {output} is the --model itself: give it another name")
-    checkpoint.check_writable(output)
+    if config.format == "hf" and output.resolve() in Path(config.model).resolve().parents:
+        raise UsageError(f"--output {output} is replaced, and the --model lies in it: give another")
+    # Where a link leads to, because that is what is written.
+    checkpoint.check_writable(Path(os.path.realpath(output)))
     model, _ = checkpoint.load(config.model)
     say = partial(print, file=sys.stderr, flush=True)
     with _ends_in_order():
@@ -134,13 +137,22 @@ def check_combination(format: str, quantize: str, output: Path) -> None:
         raise UsageError(f"--output {output} ends as {kind} does, but --format is {format}")
     if format != "hf" and output.is_dir():
         raise UsageError(f"--output {output} is a folder; {format} is one file")
+    if format != "hf" and output.exists() and not output.is_file():
+        raise UsageError(f"--output {output} is a device or a pipe; {format} is one file")
     if format == "hf" and output.exists():
         if not output.is_dir():
             raise UsageError(f"--output {output} is a file; hf is a folder")
-        strange = sorted({entry.name for entry in output.iterdir()} - set(hf.FILES))
+        there = {entry.name for entry in output.iterdir()}
+        strange = sorted(there - set(hf.FILES))
         if strange:
             raise UsageError(
                 f"--output {output} holds more than an earlier export, such as {strange[0]}: "
+                f"give a new folder"
+            )
+        missing = sorted(set(hf.ALWAYS) - there)
+        if there and missing:
+            raise UsageError(
+                f"--output {output} is no earlier export, as it lacks {missing[0]}: "
                 f"give a new folder"
             )
 
@@ -167,7 +179,11 @@ def _torchscript(model: GPT, quantize: str, path: Path, check: bool) -> Outcome:
         torchscript.write(model, quantize, file)
     if not check:
         return [], None
-    archive.read(path)
+    content = archive.read(path)
+    # Configuration, tokenizer and calibration, which no logits show.
+    described = archive.describe(model.describe(), quantize, content.index["tensors"])
+    if content.records[archive.INDEX] != described:
+        raise NanoGPTError("nothing was written, because the index does not describe the model")
     rows, note = compare(model, quantize, path)
     for row in rows:
         if not row.holds:
@@ -210,18 +226,23 @@ def _put_into_place(output: Path) -> Iterator[Path]:
     A crash at any moment, and any error inside, leaves what stood there before. (Between the two
     renames of a folder that replaces another one, that is under the temporary name.)
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     # The long way round where a link is written to, so that the link stays one.
     target = Path(os.path.realpath(output))
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name[:32]}.", dir=target.parent) as folder:
         path = Path(folder) / target.name
         yield path
         for part in [path, *path.rglob("*")]:
             checkpoint.fsync(part)
         if target.is_dir():
             earlier = Path(folder) / "earlier"
-            os.rename(target, earlier)
-            os.rename(path, target)
+            try:
+                os.rename(target, earlier)
+                os.rename(path, target)
+            except BaseException:
+                if earlier.exists() and not target.exists():
+                    os.rename(earlier, target)
+                raise
             shutil.rmtree(earlier)
         else:
             os.replace(path, target)

@@ -11,7 +11,10 @@ left out by llama.cpp, where we refuse it.)
 Position embeddings and vectors stay F32. Needs the package `gguf`.
 """
 
+import contextlib
+import errno
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +84,17 @@ def write(model: GPT, quantize: str, path: Path) -> None:
     writer.add_add_bos_token(False)
     for name, data, kind in _tensors(model, quantize):
         writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            writer.close()
+        if error.errno is None:  # numpy says how much it wrote, and not why no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
 
 
 def verify(model: GPT, quantize: str, path: Path) -> None:

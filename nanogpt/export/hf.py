@@ -34,6 +34,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+ALWAYS = FILES[:3]  # also of a model without a tokenizer
 # GPT-2's linear maps are Conv1D: (in, out).
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
