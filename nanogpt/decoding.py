@@ -371,7 +371,7 @@ def generate(
         stop: texts that end a row once it has written one; needs `model.tokenizer`.
         eos_token_id: a token that ends a row.
         seed: 64 bits; without one it is drawn from torch's generator.
-        first_row: the number of row 0 in the draw.
+        first_row: the number of row 0 in the draw; rows are numbered below 2^32.
         use_cache: False recomputes the whole context for every token (the reference).
         use_graph: replay each step as a CUDA graph; by default on a CUDA device.
         engine: "torch"; "native", the compiled engine for float32 models on the CPU, which draws
@@ -386,6 +386,8 @@ def generate(
     filters = Filters(temperature, top_k, top_p, min_p, repetition_penalty)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if not 0 <= first_row <= 2**32 - len(tokens):
+        raise ValueError(f"first_row must be from 0 to 2^32 - {len(tokens)}, not {first_row}")
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     _check_prompt(tokens, model.config.vocab_size, model)
     ended = _row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
@@ -464,27 +466,28 @@ def _native_rows(
     probabilities: bool,
 ) -> _Collected:
     """As `_columns`, row after row in the compiled engine."""
-    engine = native.engine_for(model)
     rows: list[list[int]] = []
     of_rows: list[list[float]] = []
-    for row, prompt in enumerate(tokens.tolist()):
-        ids: list[int] = []
-        of_ids: list[float] = []
-        steps = engine.stream(
-            prompt,
-            max_new_tokens,
-            **vars(filters),
-            seed=(seed or 0) & (2**64 - 1),
-            row=first_row + row,
-            probabilities=probabilities,
-        )
-        for token, probability in steps:
-            ids.append(token)
-            of_ids.append(probability or 0.0)
-            if ended is not None and ended[row](token):
-                break
-        rows.append(ids)
-        of_rows.append(of_ids)
+    with native.turn(model):
+        engine = native.engine_for(model)
+        for row, prompt in enumerate(tokens.tolist()):
+            ids: list[int] = []
+            of_ids: list[float] = []
+            steps = engine.stream(
+                prompt,
+                max_new_tokens,
+                **vars(filters),
+                seed=int(seed or 0) & (2**64 - 1),
+                row=first_row + row,
+                probabilities=probabilities,
+            )
+            for token, probability in steps:
+                ids.append(token)
+                of_ids.append(probability or 0.0)
+                if ended is not None and ended[row](token):
+                    break
+            rows.append(ids)
+            of_rows.append(of_ids)
     lengths = torch.tensor([len(ids) for ids in rows])
     new = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     of_new = torch.zeros(new.shape, dtype=torch.float64)

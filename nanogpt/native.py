@@ -9,6 +9,7 @@ import importlib
 import os
 import shutil
 import sysconfig
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,11 @@ def engine_for(model: "GPT", threads: int = 0) -> "Engine":
     return engine
 
 
+def turn(model: "GPT") -> "threading.RLock":
+    """To be held while the model's engine writes: it has one context, whoever asks."""
+    return _turns.setdefault(model, threading.RLock())
+
+
 def open_file(path: str | os.PathLike[str], threads: int = 0) -> "Engine":
     """An engine that maps an exported model.pt, or a .safetensors model file.
 
@@ -132,6 +138,7 @@ def open_file(path: str | os.PathLike[str], threads: int = 0) -> "Engine":
 
 _engines: "weakref.WeakKeyDictionary[GPT, tuple[tuple[Any, ...], Engine]]"
 _engines = weakref.WeakKeyDictionary()
+_turns: "weakref.WeakKeyDictionary[GPT, threading.RLock]" = weakref.WeakKeyDictionary()
 
 
 @functools.cache

@@ -3,6 +3,7 @@ and what happens where it is not built."""
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_programs import native_program
 
 from nanogpt import GPT, checkpoint, decoding, native
 from nanogpt.config import GPTConfig
@@ -289,6 +291,172 @@ def test_tensors_that_do_not_fit_are_refused_in_words(model, compiled, case):
     change(config, tensors)
     with pytest.raises(error, match=words):
         compiled.Engine.from_tensors(config, tensors)
+
+
+def engine_of(compiled, model, kind, *, changes=(), threads=1):
+    """An engine for weights of a kind, after changes of (name, index, value)."""
+    arrays, dtypes = (arrays_of(model), {}) if kind == "float32" else narrow(model, kind)[:2]
+    for name, index, value in changes:
+        arrays[name] = arrays[name].copy()
+        arrays[name][index] = value
+    return compiled.Engine.from_tensors(
+        model.describe()["config"], arrays, dtypes=dtypes, threads=threads
+    )
+
+
+@built
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_head_may_be_as_wide_as_the_model(compiled, kind):
+    model = small_model(n_head=1, n_embd=1536, n_layer=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.div_(8)
+    engine = engine_of(compiled, model, kind)
+    model.load_state_dict(narrow(model, kind)[2])
+    tokens = torch.randint(28, (12,)).tolist()
+    want = logits_of(model, tokens)
+    assert np.abs(engine.logits(tokens) - want).max() < 0.03 * np.abs(want).max()
+
+
+SETS = ["scalar", "avx2", "avx512", "avx512_bf16", "neon"]
+
+
+@built
+@pytest.mark.parametrize("set_of_instructions", SETS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_what_is_no_number_in_the_weights_is_none_in_the_logits(
+    compiled, monkeypatch, kind, set_of_instructions
+):
+    monkeypatch.setenv("NANOGPT_ISA", set_of_instructions)
+    try:
+        compiled.instruction_set()
+    except UsageError:
+        pytest.skip(f"this CPU lacks {set_of_instructions}")
+    model = small_model(True, block_size=32)
+    tokens = torch.randint(28, (20,)).tolist()
+    layer = "transformer.h.0."
+    of_ones = np.uint32(0x7FFFFFFF).view(np.float32)  # rounds up to -0 if it is not looked at
+    # A query's and a key's number, and what is norm's or GELU's.
+    for name, index in (("attn.c_attn", 5), ("attn.c_attn", 41), ("ln_1", 3), ("mlp.c_fc", 3)):
+        for value in (np.nan, of_ones, np.inf):
+            engine = engine_of(
+                compiled, model, kind, changes=[(f"{layer}{name}.bias", index, value)]
+            )
+            assert not np.isfinite(engine.prefill(tokens)).any(), (name, value, "a block of tokens")
+            assert not np.isfinite(engine.prefill(tokens[:9])).any(), (name, value, "a few tokens")
+            engine.prefill(tokens[:1])
+            assert not np.isfinite(engine.decode(tokens[1])).any(), (name, value, "one token")
+
+
+@built
+@pytest.mark.parametrize("tokens", [1, 9, 20])
+def test_int8_weights_of_minus_128_do_not_overflow_a_sum(compiled, tokens):
+    model = small_model(True, n_embd=192, n_layer=1, block_size=32)
+    arrays, dtypes, meant = narrow(model, "int8")
+    for name, whole, scale in (("c_fc", 0, torch.ones(768)), ("c_proj", -128, torch.rand(192))):
+        name = f"transformer.h.0.mlp.{name}.weight"
+        arrays[name] = np.full_like(arrays[name], whole)
+        arrays[name + ".scale"] = scale.numpy()
+        meant[name] = torch.full_like(meant[name], whole) * scale[:, None]
+    meant["transformer.h.0.mlp.c_fc.bias"].fill_(3)  # shared with `arrays`
+    engine = compiled.Engine.from_tensors(model.describe()["config"], arrays, dtypes=dtypes)
+    model.load_state_dict(meant)
+    ids = torch.randint(28, (tokens,)).tolist()
+    want = logits_of(model, ids)
+    assert np.abs(engine.logits(ids) - want).max() < 0.03 * np.abs(want).max()
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
+def test_the_child_of_a_fork_computes_and_forgets_an_engine():
+    # torch's own threads do not live through a fork, so it is left out.
+    code = (
+        "import os, signal\n"
+        "import numpy as np\n"
+        "from nanogpt import _C\n"
+        "sizes = dict(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8)\n"
+        "shapes = {'wte': (5, 8), 'wpe': (8, 8), 'ln_f': (8,), 'h.0.ln_1': (8,),\n"
+        "    'h.0.ln_2': (8,),\n"
+        "    'h.0.attn.c_attn': (24, 8), 'h.0.attn.c_proj': (8, 8), 'h.0.mlp.c_fc': (32, 8),\n"
+        "    'h.0.mlp.c_proj': (8, 32)}\n"
+        "random = np.random.default_rng(1)\n"
+        "e = _C.Engine.from_tensors(sizes, {f'transformer.{k}.weight': random.normal(size=s)\n"
+        "    .astype('f4') for k, s in shapes.items()}, threads=3)\n"
+        "want = e.prefill([1, 2])\n"
+        "for use in (True, False):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        signal.alarm(20)\n"
+        "        if use: assert (e.prefill([1, 2]) == want).all()\n"
+        "        del e\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, ('used' if use else 'forgotten')\n"
+        "assert (e.prefill([1, 2]) == want).all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_more_threads_than_the_system_gives_are_refused_in_words():
+    code = (
+        "import resource\n"
+        "from nanogpt import GPT, native\n"
+        "m = GPT(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=8)\n"
+        "native.engine_for(m, 1)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
+        "try:\n"
+        "    native.engine_for(m, 1000)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "print(native.engine_for(m, 2).prefill([1]).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "UsageError this system gives" in done.stdout
+    assert done.stdout.endswith("(9,)\n")
+
+
+@built
+def test_threads_that_generate_with_one_model_do_not_disturb_each_other(model):
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    options = {"engine": "native", "stop": "no such text"}
+    want = [model.generate(tokens, 100, seed=seed, **options) for seed in range(4)]
+    got, errors = {}, []
+
+    def write(seed):
+        try:
+            got[seed] = [model.generate(tokens, 100, seed=seed, **options) for _ in range(3)]
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(torch.equal(text, want[seed]) for seed in range(4) for text in got[seed])
+
+
+@built
+def test_numbers_of_rows_and_seeds_are_read_alike_by_both_engines(model):
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    for engine in ("native", "torch"):
+        for bad in (-1, 2**32 - 1, 2**32):
+            with pytest.raises(ValueError, match="first_row"):
+                model.generate(tokens, 5, seed=1, first_row=bad, engine=engine)
+    for options in ({"first_row": 2**32 - 2}, {"seed": np.int64(-4)}, {"seed": 2**70 + 5}):
+        options = {"seed": 1, **options}
+        ours, theirs = (
+            model.generate(tokens, 20, engine=engine, **options) for engine in ("native", "torch")
+        )
+        assert torch.equal(ours, theirs), options
 
 
 @built
@@ -709,3 +877,22 @@ def test_a_model_that_the_engine_cannot_share_is_named(model):
     with pytest.raises(RuntimeError, match="bfloat16"):
         half.generate(tokens, 3, engine="native")
     assert half.generate(tokens, 3, engine="auto").shape == (1, 6)
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_is_allocated_for_a_token(tmp_path, threads):
+    path = tmp_path / "model.pt"
+    export_model(small_model(), path, verify=False)
+    program = native_program("allocation_check")
+    done = subprocess.run([program, path, str(threads)], capture_output=True, text=True, check=True)
+    of_tokens, of_loading = map(int, done.stdout.split(" of "))
+    assert of_tokens == 0
+    assert of_loading > 10, "the count counts"
+
+
+@built
+@pytest.mark.parametrize("threads", [1025, 40_000])
+def test_more_threads_than_any_machine_needs_are_refused(model, threads):
+    with pytest.raises(UsageError, match=f"threads must be from 0 to 1024, not {threads}"):
+        native.engine_for(model, threads)

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from native_programs import native_program
 
 from nanogpt import native
 
@@ -159,3 +160,16 @@ def test_the_binary_of_this_environment_starts():
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
     assert "--max-new-tokens" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nm writes another form elsewhere")
+def test_code_for_newer_processors_is_shared_with_no_one():
+    """A function that two files compile is linked once, from any of them: from none of these."""
+    objects = list(native_program("decode_check").parent.rglob("kernels_*.cpp.o"))
+    assert len(objects) >= 2
+    for path in objects:
+        names = subprocess.run(
+            ["nm", "-C", path], capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r" [RD] nanogpt::k\w+Kernels$", names, re.M) or path.stat().st_size < 5000
+        assert not re.findall(r"^.* [WVu] .*$", names, re.M), path.name

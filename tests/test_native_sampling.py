@@ -320,6 +320,19 @@ def test_top_p_cuts_where_python_does_among_equal_and_thousands_of_logits(engine
                 assert draw_natively(engine, rows, filters=filters, tilt=tilt) == expected
 
 
+@pytest.mark.parametrize("vocab", [3, 64, 65, 1000])
+@pytest.mark.parametrize(
+    "filters",
+    [Filters(1e30, top_p=0.5), Filters(1e30, top_k=2, top_p=0.3), Filters(1e30, None, 0.3, 1.0)],
+    ids=str,
+)
+def test_logits_that_differ_by_less_than_their_probabilities_are_drawn_from(engine, vocab, filters):
+    """Top-p keeps the lower of equally likely ids, which need not be those of larger logits."""
+    logits = np.tile(np.arange(vocab, dtype=np.float32), (20, 1))
+    expected = draw_in_python(logits, filters=filters, seed=5)
+    assert draw_natively(engine, logits, filters=filters, seed=5) == expected
+
+
 @pytest.mark.parametrize("tilted_ids", [1, 7, None])
 @pytest.mark.parametrize("vocab", [5, 96, 3000])
 @pytest.mark.parametrize(

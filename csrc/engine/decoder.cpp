@@ -18,6 +18,8 @@ namespace {
 
 // Tokens of a prompt that go through the layers together: the weights are read once for them.
 constexpr int64_t kBlock = 128;
+// More wait for each other longer than they work, and thousands stop the machine.
+constexpr int kMostThreads = 1024;
 // Steps that each candidate number of threads is timed for.
 constexpr int kTrials = 4;
 // Steps after which the choice is made anew, because what else the machine does changes.
@@ -70,7 +72,7 @@ struct Scratch {
         wide_keys(c.block_size * c.head_width()),
         wide_values(c.block_size * c.head_width()),
         gemm(gemm_scratch(4 * c.n_embd)),
-        rows(kRowBlock * kBlock) {}
+        rows(std::max(kRowBlock * kBlock, kFew * c.head_width())) {}
   Buffer<float> normed;
   Buffer<float> split;
   Buffer<int16_t> ints;
@@ -220,8 +222,8 @@ struct Decoder::State {
   std::vector<int> candidates;  // numbers of threads to choose from; empty where one is given
   std::vector<double> best_seconds;
   bool under_trial = false;
-  int trial = 0;  // steps of this trial, or since the last one
-  int chosen = 1;
+  int trial = 0;               // steps of this trial, or since the last one
+  std::atomic<int> chosen{1};  // others may ask while a token is computed
 };
 
 Decoder::State::State(const Weights& weights, int threads)
@@ -266,8 +268,11 @@ Decoder::State::State(const Weights& weights, int threads)
     layers.push_back(layer);
   }
 
-  if (threads < 0) throw UsageError("threads must be at least 0, not " + std::to_string(threads));
-  const int most = threads > 0 ? threads : usable_cpus();
+  if (threads < 0 || threads > kMostThreads) {
+    throw UsageError("threads must be from 0 to " + std::to_string(kMostThreads) + ", not " +
+                     std::to_string(threads));
+  }
+  const int most = threads > 0 ? threads : std::min(usable_cpus(), kMostThreads);
   pool = std::make_unique<ThreadPool>(most);
   for (int i = 0; i < most; ++i) scratches.emplace_back(config);
   chosen = most;
@@ -670,7 +675,7 @@ void Decoder::State::block(int thread, int threads) {
 }
 
 int Decoder::State::threads_for_step() {
-  return under_trial ? candidates[static_cast<size_t>(trial) % candidates.size()] : chosen;
+  return under_trial ? candidates[static_cast<size_t>(trial) % candidates.size()] : chosen.load();
 }
 
 void Decoder::State::took(double seconds) {
@@ -719,6 +724,7 @@ const float* Decoder::State::append(const int32_t* tokens, int64_t count, float*
   const int64_t lanes = (std::min(count, kBlock) + kLanes - 1) / kLanes * kLanes;
   if (lanes > largest_block) {
     prompt.reset();
+    largest_block = 0;  // where memory is refused, the next call asks again
     prompt = std::make_unique<PromptBuffers>(config, lanes);
     largest_block = lanes;
   }

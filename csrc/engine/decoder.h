@@ -28,7 +28,8 @@ class Decoder : public LogitsSource {
  public:
   // `weights` must outlive this object. `threads` = 0 chooses by measurement during the first
   // calls, up to the number of CPUs this process may use. Throws InputError for weights that do
-  // not fit together. Results do not depend on the number of threads.
+  // not fit together, UsageError for more than 1,024 threads or fewer than 0. Results do not depend
+  // on the number of threads.
   explicit Decoder(const Weights& weights, int threads = 0);
   ~Decoder() override;
   const Config& config() const override;

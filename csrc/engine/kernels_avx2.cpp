@@ -32,7 +32,7 @@ struct Isa {
     return mul(a, _mm256_castsi256_ps(power));
   }
   static F zero_below(F value, float limit, F kept) {
-    return _mm256_and_ps(_mm256_cmp_ps(value, set(limit), _CMP_GE_OQ), kept);
+    return _mm256_and_ps(_mm256_cmp_ps(value, set(limit), _CMP_NLT_UQ), kept);
   }
   static float total(F a) {
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -29,7 +29,7 @@ struct Isa {
   }
   static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
   static F zero_below(F value, float limit, F kept) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, set(limit), _CMP_GE_OQ), kept);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, set(limit), _CMP_NLT_UQ), kept);
   }
   static float total(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
@@ -59,12 +59,14 @@ struct Isa {
     return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtps_epi32(second), 16));
   }
 #if defined(NANOGPT_BF16_DOT)
-  // Adds half of the last place that is kept, and the kept bit itself where that is a tie. The NaN
-  // that arithmetic makes stays one.
+  // Adds half of the last place that is kept, and the kept bit itself where that is a tie. NaN
+  // stays NaN, whatever its bits.
   static I rounded_bf16(F x) {
     const I bits = _mm512_castps_si512(x);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                 _mm512_set1_epi32(0x7fc00000));
   }
   static I bf16_pairs(F first, F second) {
     const I high =

@@ -45,14 +45,16 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// A weight may be -128, though export writes none.
 inline int32_t max_of_int16_times(int64_t n) {
-  const int64_t limit = INT32_MAX / (127 * n);
+  const int64_t limit = INT32_MAX / (128 * n);
   return static_cast<int32_t>(limit < 32767 ? limit : 32767);
 }
 
-// e^x to about one unit in the last place: 2^n times a polynomial of the rest (Cephes' expf).
+// e^x to about one unit in the last place: 2^n times a polynomial of the rest (Cephes' expf). NaN
+// stays NaN: of two numbers, one of them NaN, max and min give the second.
 inline F exp_of(F x) {
-  x = Isa::min(Isa::max(x, Isa::set(-87.3f)), Isa::set(88.3f));
+  x = Isa::min(Isa::set(88.3f), Isa::max(Isa::set(-87.3f), x));
   const F n = Isa::round(Isa::mul(x, Isa::set(1.44269504088896341f)));
   F r = Isa::fma(n, Isa::set(-0.693359375f), x);
   r = Isa::fma(n, Isa::set(2.12194440e-4f), r);
@@ -234,6 +236,9 @@ void matvec_i8(const int8_t* w, const float* scales, int64_t rows, int64_t cols,
   }
 }
 
+// Activations below this are nothing beside any bias, and their inverse might be infinite.
+constexpr float kTiny = 1e-30f;
+
 // A NaN or infinite activation makes the scale NaN, and with it every result.
 float quantize(const float* x, int64_t n, int16_t* out) {
   const float limit = static_cast<float>(max_of_int16_times(n));
@@ -251,7 +256,7 @@ float quantize(const float* x, int64_t n, int16_t* out) {
     top = v > top ? v : top;
     bad += x[j] * 0.0f;
   }
-  if (bad != 0.0f || top == 0.0f) {  // NaN is unequal to zero
+  if (bad != 0.0f || top < kTiny) {  // NaN is unequal to zero
     memset(out, 0, static_cast<size_t>(n) * 2);
     return bad;
   }
@@ -865,7 +870,7 @@ void pack_i16(const float* x, int64_t n, int width, int16_t* out, float* scales)
     Isa::store(top, largest);
     Isa::store(bad, test);
     for (int t = 0; t < W; ++t) {
-      const bool usable = bad[t] == 0.0f && top[t] > 0.0f;
+      const bool usable = bad[t] == 0.0f && top[t] >= kTiny;
       inverse[i * W + t] = usable ? limit / top[t] : 0.0f;
       scales[i * W + t] = usable ? top[t] / limit : bad[t];
     }

@@ -22,8 +22,8 @@ struct Isa {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   // The numbers' larger one where the other is NaN, like the x86 instruction with a NaN first.
-  static F max(F a, F b) { return vmaxnmq_f32(a, b); }
-  static F min(F a, F b) { return vminnmq_f32(a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
   static F sqrt(F a) { return vsqrtq_f32(a); }
   static F abs(F a) { return vabsq_f32(a); }
   static F round(F a) { return vrndnq_f32(a); }
@@ -33,7 +33,7 @@ struct Isa {
   }
   static F zero_below(F value, float limit, F kept) {
     return vreinterpretq_f32_u32(
-        vandq_u32(vcgeq_f32(value, set(limit)), vreinterpretq_u32_f32(kept)));
+        vbicq_u32(vreinterpretq_u32_f32(kept), vcltq_f32(value, set(limit))));
   }
   static float total(F a) { return vaddvq_f32(a); }
   static float largest(F a) { return vmaxnmvq_f32(a); }

@@ -65,14 +65,15 @@ struct Isa {
   }
   static F scale_by_power(const F& a, const F& n) {
     return each([&](int i) {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+      const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+      const uint32_t bits = static_cast<uint32_t>(whole + 127) << 23;
       float power;
       __builtin_memcpy(&power, &bits, 4);
       return a.v[i] * power;
     });
   }
   static F zero_below(const F& value, float limit, const F& kept) {
-    return each([&](int i) { return value.v[i] >= limit ? kept.v[i] : 0.0f; });
+    return each([&](int i) { return value.v[i] < limit ? 0.0f : kept.v[i]; });
   }
   static float total(const F& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
   static float largest(const F& a) {

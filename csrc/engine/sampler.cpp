@@ -596,6 +596,11 @@ void Sampler::keep_top_p(double p) {
     const double before = cumulative - candidate.probability;
     if (before < p) ids_[static_cast<size_t>(kept++)] = candidate.id;
   }
+  // Of ids whose weights are equal though their values are not, the largest need not be kept.
+  maximum_ = -kInfinity;
+  for (int64_t i = 0; i < kept; ++i) {
+    maximum_ = std::max(maximum_, values_[static_cast<size_t>(ids_[static_cast<size_t>(i)])]);
+  }
   count_ = kept;
   listed_ = true;
 }

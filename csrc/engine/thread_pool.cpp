@@ -1,9 +1,14 @@
 #include "engine/thread_pool.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -12,6 +17,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "engine/error.h"
 
 namespace nanogpt {
 
@@ -29,6 +36,15 @@ void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// How many forks lie between this process and the one that loaded the program: a child has none of
+// its parent's threads.
+std::atomic<uint64_t> forks{0};
+
+void count_forks() {
+  static const int counted = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+  (void)counted;
 }
 
 }  // namespace
@@ -50,7 +66,15 @@ struct ThreadPool::State {
   explicit State(int size) : size(size), progress(static_cast<size_t>(size)) {}
 
   const int size;
+  const uint64_t born = forks.load();
   std::vector<std::thread> threads;
+
+  bool has_threads() const { return born == forks.load(std::memory_order_relaxed); }
+  void end() {
+    stop = true;
+    start_round();
+    for (std::thread& thread : threads) thread.join();
+  }
 
   // A run: written by the caller before `round` moves on.
   Task task = nullptr;
@@ -124,21 +148,43 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>(threads < 1 ? 1 : threads)) {
-  for (int thread = 1; thread < state_->size; ++thread) {
-    state_->threads.emplace_back([this, thread] { state_->work(thread); });
+std::unique_ptr<ThreadPool::State> ThreadPool::started(int size) {
+  auto state = std::make_unique<State>(size);
+  state->threads.reserve(static_cast<size_t>(size));
+  try {
+    for (int thread = 1; thread < size; ++thread) {
+      state->threads.emplace_back([s = state.get(), thread] { s->work(thread); });
+    }
+  } catch (const std::system_error&) {
+    const size_t some = state->threads.size() + 1;
+    state->end();
+    throw UsageError("this system gives " + std::to_string(some) + " threads, not " +
+                     std::to_string(size));
   }
+  return state;
+}
+
+ThreadPool::ThreadPool(int threads) {
+  count_forks();
+  state_ = started(threads < 1 ? 1 : threads);
 }
 
 ThreadPool::~ThreadPool() {
-  state_->stop = true;
-  state_->start_round();
-  for (std::thread& thread : state_->threads) thread.join();
+  if (state_->has_threads()) {
+    state_->end();
+  } else {
+    (void)state_.release();  // threads that are not there cannot be joined
+  }
 }
 
 int ThreadPool::size() const { return state_->size; }
 
 void ThreadPool::run(Task task, void* context, int threads) {
+  if (!state_->has_threads()) {
+    auto fresh = started(state_->size);
+    (void)state_.release();
+    state_ = std::move(fresh);
+  }
   State& s = *state_;
   s.active = threads < 1 ? 1 : (threads > s.size ? s.size : threads);
   if (s.active == 1) {

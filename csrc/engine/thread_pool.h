@@ -23,7 +23,8 @@ struct Ahead {
 
 class ThreadPool {
  public:
-  // Thread 0 is the caller's own; `threads` - 1 more are started.
+  // Thread 0 is the caller's own; `threads` - 1 more are started. Throws UsageError where the
+  // system gives fewer. In the child of a fork the next run starts them anew.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   int size() const;
@@ -36,6 +37,7 @@ class ThreadPool {
 
  private:
   struct State;
+  static std::unique_ptr<State> started(int size);
   std::unique_ptr<State> state_;
 };
 

@@ -311,7 +311,8 @@ int main() {
   const std::vector<Config> shapes = {{67, 70, 2, 3, 21, false},
                                       {131, 81, 2, 4, 64, true},
                                       {50, 20, 1, 1, 1, true},
-                                      {259, 33, 3, 2, 132, false}};
+                                      {259, 33, 3, 2, 132, false},
+                                      {30, 12, 1, 1, 520, false}};
   const std::vector<DType> dtypes = {DType::f32, DType::bf16, DType::i8};
   const std::vector<std::string> sets = {"scalar", "avx2", "avx512", "avx512_bf16", "neon"};
   std::map<std::string, double> largest;
@@ -331,8 +332,9 @@ int main() {
         const std::string where = title + " shape " + std::to_string(shape);
         std::vector<Logits> first;
         // More threads than processors wait for each other long, so they read the short text.
-        const std::vector<int> counts =
-            shape == 2 ? std::vector<int>{1, 2, 5, 0} : std::vector<int>{1, 2, 3};
+        const std::vector<int> counts = shape == 2   ? std::vector<int>{1, 2, 5, 0}
+                                        : shape == 4 ? std::vector<int>{1, 2}
+                                                     : std::vector<int>{1, 2, 3};
         for (const int threads : counts) {
           std::unique_ptr<Decoder> decoder;
           try {

@@ -40,7 +40,8 @@ class GivenTokens : public nanogpt::Tokenizer {
       for (size_t i = 0; i + 1 < text.size(); i += 2) {
         bytes.push_back(static_cast<char>(std::stoi(text.substr(i, 2), nullptr, 16)));
       }
-      token_bytes_.push_back(bytes);
+      spans_.push_back({static_cast<uint32_t>(arena_.size()), static_cast<uint32_t>(bytes.size())});
+      arena_ += bytes;
     }
   }
   std::vector<int32_t> encode(std::string_view) const override {
