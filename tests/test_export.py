@@ -692,9 +692,7 @@ def test_a_full_disk_leaves_the_old_file(nanogpt, model_path, tmp_path, monkeypa
     assert (tmp_path / "model.pt").read_text() == "old"
 
 
-def test_a_disk_that_fills_up_under_gguf_is_called_full(
-    nanogpt, model_path, tmp_path, monkeypatch
-):
+def test_a_disk_that_fills_up_under_gguf_is_called_full(nanogpt, model_path, tmp_path, monkeypatch):
     package = pytest.importorskip("gguf")
 
     def short(self):  # as numpy's tofile ends
