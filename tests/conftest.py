@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,12 @@ class Outcome:
 
 
 @pytest.fixture
-def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command in this process: nanogpt("train", "--text", path)."""
+def nanogpt(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Run a command in this process: nanogpt("train", "--text", path).
+
+    What --threads has set is set back: another number of threads sums in another order.
+    """
+    threads = torch.get_num_threads()
 
     def run(*arguments: object) -> Outcome:
         capsys.readouterr()
@@ -57,7 +61,8 @@ def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

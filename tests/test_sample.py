@@ -105,7 +105,7 @@ BAD = {
     "a negative temperature": (["--temperature", "-1"], 2, "--temperature must be at least 0"),
     "a missing prompt file": (["--file", "nowhere.txt"], 3, "nowhere.txt"),
     "two prompts": (["--prompt", "a", "--file", "b"], 2, "exclude each other"),
-    "an engine that is not here": (["--engine", "native"], 2, "no native engine"),
+    "an engine that does not exist": (["--engine", "jax"], 2, "native"),
     "a device that is not here": (["--device", "cuda:7"], 2, "CUDA"),
 }
 
