@@ -535,8 +535,9 @@ def test_threads_of_python_take_turns_and_do_not_wait_for_the_gil():
 @built
 def test_control_c_ends_a_long_text(tmp_path):
     code = (
-        "import torch, sys\n"
+        "import signal\n"
         "from nanogpt import GPT, native\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "m = GPT(vocab_size=99, block_size=64, n_layer=1, n_head=1, n_embd=16)\n"
         "e = native.engine_for(m)\n"
         "print('ready', flush=True)\n"
@@ -549,7 +550,10 @@ def test_control_c_ends_a_long_text(tmp_path):
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == "interrupted 5\n"
+    try:
+        assert process.communicate(timeout=60)[0] == "interrupted 5\n"
+    finally:
+        process.kill()
 
 
 TOKENIZERS = {
