@@ -169,6 +169,8 @@ def test_chat_survives_an_interrupt_in_the_middle_of_an_answer(model_path):
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "1000000", "--stop", "zzzz"],
         stdin=child, stdout=child, stderr=child, close_fds=True,
+        # Whoever runs the tests in the background may have told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(child)
 
