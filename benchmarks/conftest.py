@@ -3,6 +3,7 @@
 pytest benchmarks --benchmark-only                       this machine
 pytest benchmarks --benchmark-only --write-results       … and benchmarks/results/<device>/
 pytest benchmarks --benchmark-only --peer-dir DIR        … beside a checkout of nanoGPT
+pytest benchmarks --benchmark-only --llama-dir DIR       … beside llama.cpp; see test_native.py
 """
 
 import importlib.util
