@@ -43,8 +43,8 @@ def seal(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dic
     A calibration that was fitted to other tensors is marked stale.
     """
     digest = tensor_digest(tensors)
-    calibration = content.get("calibration")
-    if calibration and not calibration.get("stale") and calibration.get("weights_sha256", digest) != digest:
+    fitted = content.get("calibration") or {}
+    if fitted.get("weights_sha256", digest) != digest and not fitted.get("stale"):
         content = with_stale_calibration(content)
     sealed = {**content, "format": FORMAT, "sha256": digest}
     sealed["metadata_sha256"] = hashlib.sha256(canonical_json(sealed)).hexdigest()
