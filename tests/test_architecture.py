@@ -25,6 +25,7 @@ ALLOWED = {
     "kernels": set(),
     "cache": {"config"},
     "metadata": set(),
+    "tilt": set(),
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
