@@ -11,7 +11,6 @@ from typing import Any
 
 from nanogpt.errors import UsageError
 
-
 GROUPS = ("options", "text", "offline data", "self-alignment", "model", "training")
 """Headings of --help that come first, in this order."""
 

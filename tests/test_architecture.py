@@ -37,10 +37,12 @@ ALLOWED = {
     "machine": {"errors", "kernels"},
     "run_directory": MODEL | {"checkpoint"},
     "progress": set(),
+    "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
-    "train": FILES | {"plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    "train": FILES
+    | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
     "sample": FILES | {"cli", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
