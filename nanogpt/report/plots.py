@@ -18,12 +18,16 @@ class Series:
         points: (x, y); those that are not finite are left out.
         style: CSS class of the line.
         marks: draw a dot at every point.
+        line: connect the points.
+        spans: vertical lines, (x, low, high), such as the interval of a point.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: str
     marks: bool = False
+    line: bool = True
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Chart:
             return ""
         xs = [x for _, points in drawn for x, _ in points]
         ys = [y for _, points in drawn for _, y in points] + [y for _, y in self.levels]
+        ys += [y for s, _ in drawn for _, *ends in s.spans for y in ends]
         x_axis = _Axis.fit(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
         low = 0.0 if self.start_at_zero else min(ys)
         y_axis = _Axis.fit(low, _robust_high(ys), _HEIGHT - _BOTTOM, _TOP, widen=True)
@@ -72,8 +77,14 @@ class Chart:
             )
         for series, points in drawn:
             placed = [(x_axis.place(x), y_axis.place(y)) for x, y in points]
-            path = " ".join(f"{x},{y}" for x, y in placed)
-            parts.append(f'<polyline class="{series.style}" points="{path}"/>')
+            for x, *ends in series.spans:
+                at, (low, high) = x_axis.place(x), map(y_axis.place, ends)
+                parts.append(
+                    f'<line class="{series.style}" x1="{at}" x2="{at}" y1="{low}" y2="{high}"/>'
+                )
+            if series.line:
+                path = " ".join(f"{x},{y}" for x, y in placed)
+                parts.append(f'<polyline class="{series.style}" points="{path}"/>')
             if series.marks or len(placed) == 1:
                 parts += [
                     f'<circle class="{series.style}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in placed

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
+from nanogpt.report.page import template
 from nanogpt.report.plots import Chart, Series, smoothed
 
 _MOST_SAMPLES = 6
@@ -48,25 +48,16 @@ class TrainingReport:
 
 def render_training_report(run: TrainingReport) -> str:
     """The page as HTML; the same run gives the same bytes."""
-    return _template().render(
+    return template("training.html.j2").render(
         run=run,
+        title=run.title,
+        status=f"Training report, {run.status}",
         verdict=_verdict(run),
         figures=_figures(run),
         charts=[chart for chart in _charts(run) if chart[1]],
         samples=_chosen_samples(run.samples),
         tables=_tables(run),
     )
-
-
-@cache
-def _template() -> Any:
-    import jinja2
-
-    loader = jinja2.PackageLoader("nanogpt.report", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("training.html.j2")
 
 
 def _verdict(run: TrainingReport) -> str:
