@@ -26,6 +26,7 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "judge": set(),
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
