@@ -248,10 +248,15 @@ class RewardTilt:
 
 @dataclass
 class _Drawn:
-    """A round's samples with their rewards."""
+    """A round's samples with their rewards, each (n,) float64.
+
+    log_then and log_now are log p_k(y)/p_0(y) of exact fits: k the round that drew them, and now.
+    """
 
     samples: Samples
     rewards: torch.Tensor
+    log_then: torch.Tensor
+    log_now: torch.Tensor
 
 
 class SelfAlignTrainer:
@@ -329,8 +334,7 @@ class SelfAlignTrainer:
             "unit": self._unit,
             "tilts": [asdict(one) for one in self._tilts],
             "drawn": [
-                {"samples": vars(one.samples).copy(), "rewards": one.rewards}
-                for one in self._drawn
+                {**vars(one), "samples": vars(one.samples).copy()} for one in self._drawn
             ],
         }
 
@@ -340,7 +344,9 @@ class SelfAlignTrainer:
         self.rounds = copy.deepcopy(state["rounds"])
         self.stopped, self._unit = state["stopped"], state["unit"]
         self._tilts = [RewardTilt(**one) for one in state["tilts"]]
-        self._drawn = [_Drawn(Samples(**one["samples"]), one["rewards"]) for one in state["drawn"]]
+        self._drawn = [
+            _Drawn(**{**one, "samples": Samples(**one["samples"])}) for one in state["drawn"]
+        ]
 
     def _begin(self) -> None:
         started = time.perf_counter()
@@ -397,6 +403,11 @@ class SelfAlignTrainer:
             return
         self.policy = policy
         self._tilts.append(step)
+        for earlier in self._drawn:
+            earlier.log_now = self._moved(earlier.log_now, earlier.rewards, step)
+        for one in self._tilts:
+            drawn.log_now = self._moved(drawn.log_now, drawn.rewards, one)
+        drawn.log_then = drawn.log_now
         self._drawn.append(drawn)
 
     def _source(self, number: int) -> _Drawn:
@@ -408,7 +419,7 @@ class SelfAlignTrainer:
         samples = self.policy.sample(
             self.config.num_generations, seed, distil_beta=self.config.distil_beta
         )
-        return _Drawn(samples, self._scores(samples))
+        return self._scored(samples)
 
     def _nothing_to_learn(self, source: _Drawn) -> str | None:
         """Why a round on these samples would be about noise alone, in a sentence, or None."""
@@ -431,16 +442,16 @@ class SelfAlignTrainer:
                 f"samples at temperature {samples.temperature:g} and top-k {samples.top_k} are not "
                 f"the policy's: draw at 1 without a filter, or give importance weights as counts"
             )
-        return _Drawn(samples, self._scores(samples))
+        return self._scored(samples)
 
-    def _scores(self, samples: Samples) -> torch.Tensor:
+    def _scored(self, samples: Samples) -> _Drawn:
         rewards = torch.as_tensor(self.reward(samples), dtype=torch.float64).cpu()
         if rewards.shape != (len(samples),) or not bool(rewards.isfinite().all()):
             raise ValueError(
                 f"the reward must give {len(samples)} finite numbers, "
                 f"not {tuple(rewards.shape)} with {int((~rewards.isfinite()).sum())} that are not"
             )
-        return rewards
+        return _Drawn(samples, rewards, torch.zeros_like(rewards), torch.zeros_like(rewards))
 
     def _next_tilt(self, drawn: _Drawn) -> RewardTilt:
         config, counts = self.config, drawn.samples.counts
@@ -451,20 +462,16 @@ class SelfAlignTrainer:
             return RewardTilt.exponential(drawn.rewards, counts, unit, config.max_weight)
         return RewardTilt("identity")
 
-    def _log_ratio(self, rewards: torch.Tensor, rounds: int) -> torch.Tensor:
-        """log p_k(y)/p_0(y) of an exact fit after so many rounds, from rewards."""
+    def _moved(
+        self, log_ratio: torch.Tensor, rewards: torch.Tensor, step: RewardTilt
+    ) -> torch.Tensor:
+        """log p_{k+1}(y)/p_0(y) of an exact fit, from log p_k(y)/p_0(y)."""
+        tilted = log_ratio + step.log_factor(rewards)
         anchor = self.config.anchor_fraction
-        log_ratio = torch.zeros_like(rewards)
-        for one in self._tilts[:rounds]:
-            log_ratio = self._mixed(log_ratio + one.log_factor(rewards), anchor)
-        return log_ratio
-
-    @staticmethod
-    def _mixed(log_ratio: torch.Tensor, anchor: float) -> torch.Tensor:
         if anchor == 0:
-            return log_ratio
+            return tilted
         return torch.logaddexp(
-            log_ratio + math.log1p(-anchor), torch.full_like(log_ratio, math.log(anchor))
+            tilted + math.log1p(-anchor), torch.full_like(tilted, math.log(anchor))
         )
 
     def _kl_after(self, step: RewardTilt) -> float:
@@ -478,8 +485,7 @@ class SelfAlignTrainer:
         anchor, last = self.config.anchor_fraction, self._drawn[-1]
 
         def log_ratio(drawn: _Drawn) -> torch.Tensor:
-            before = self._log_ratio(drawn.rewards, len(self._tilts))
-            return self._mixed(before + step.log_factor(drawn.rewards), anchor)
+            return self._moved(drawn.log_now, drawn.rewards, step)
 
         moved = tilt(last.samples.counts.log(), step.log_factor(last.rewards), 1.0).log_q.exp()
         kl = (1 - anchor) * _mean(log_ratio(last), moved)
@@ -492,18 +498,16 @@ class SelfAlignTrainer:
         """All samples so far, weighted to the next policy: (pool, weights of mean 1).
 
         Every round's samples make an estimate of their own; they share in proportion to their
-        effective sizes. A round that has nothing left to give counts nothing.
+        effective sizes, so that samples which are far from the next policy by now count little.
         """
         if self.config.distil_beta is not None:
             rounds = [(source, torch.zeros_like(source.rewards))]
         else:
             rounds = []
-            for number, drawn in enumerate(self._drawn):
+            for drawn in self._drawn:
                 log_weights = step.log_factor(drawn.rewards)
                 if drawn is not source:
-                    log_weights = log_weights + self._log_ratio(drawn.rewards, len(self._tilts))
-                    log_weights = log_weights - self._log_ratio(drawn.rewards, number)
-                    log_weights = self._limited(log_weights, drawn.samples.counts)
+                    log_weights = log_weights + drawn.log_now - drawn.log_then
                 rounds.append((drawn, log_weights))
         parts, shares = [], []
         for drawn, log_weights in rounds:
@@ -521,14 +525,8 @@ class SelfAlignTrainer:
             size = float(share.sum() ** 2 / (share**2 / draws).sum())
             shares.append(share * size)
         weights = torch.cat(shares)
-        return _joined(parts), weights * (len(weights) / weights.sum())
-
-    def _limited(self, log_weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """As the rewards of one round: no sample counts for more than max_weight average ones."""
-        if self.config.weighting != "exp":
-            return log_weights
-        mean = _mean(log_weights, counts)
-        return (log_weights - mean).clamp(max=math.log(self.config.max_weight))
+        weights = weights / weights.max()  # equal weights become exactly 1
+        return _joined(parts), weights / weights.mean()
 
     def _broken(self, number: int, metrics: dict[str, Any]) -> str | None:
         """The limit that a round's result breaks, in a sentence, or None."""
