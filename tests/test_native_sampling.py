@@ -565,8 +565,10 @@ def test_the_character_reward_looks_at_the_last_whole_character(engine):
         ({"characters": "gx"}, "no token of the model's vocabulary ends with the character 'x'"),
         ({"characters": "gü"}, "ends with the character 'ü'"),
         ({"terms": []}, "no terms to reward"),
-        ({"terms": ["gene", ""]}, "one of the terms to reward is empty"),
+        ({"terms": ["g", ""]}, "one of the terms to reward is empty"),
         ({"terms": ["g" * 1001]}, "has 1001 characters"),
+        ({"terms": ["gg", "gex"]}, "the term 'gex' cannot be written with the model's vocabulary"),
+        ({"terms": ["Gü"]}, "the term 'Gü' cannot be written"),
     ],
 )
 def test_rewards_that_cannot_be_given_are_refused(engine, ask, message):
@@ -773,7 +775,7 @@ def test_term_rewards_of_random_terms_add_up_to_the_distinct_terms_matched(engin
     ],
 )
 def test_a_text_is_worth_its_distinct_terms(engine, text, count):
-    tokenizer = CharTokenizer.from_text(text + "x")
+    tokenizer = CharTokenizer.from_text(text + "gene therapy editing")
     path = [*tokenizer.encode(text), tokenizer.end_of_text_id]
     tokens = hexadecimal(tokenizer.token_bytes)
     ask = {"tokens": tokens, "terms": ["gene", "gene therapy", "editing"], "path": path}
