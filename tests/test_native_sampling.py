@@ -577,6 +577,36 @@ def test_rewards_that_cannot_be_given_are_refused(engine, ask, message):
     assert message in answer["error"]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_term_is_refused_exactly_where_no_text_of_the_tokens_holds_it(engine, seed):
+    """Against every text of up to five tokens, of vocabularies of pieces and halves of characters.
+
+    The terms are so short that a text that holds one and is shorter would hold it too.
+    """
+    generator = random.Random(seed)
+    letters = ["a", "B", "é", "É", " ", "-", "ſ", "s"]
+    halves = [b"\xc3", b"\xa9", b"\x89", b"\xa9a", b" \xc3", b"a\xc3"]
+    answers = []
+    for _ in range(25):
+        pieces = [
+            "".join(generator.choices(letters, k=generator.randint(1, 3))).encode()
+            for _ in range(3)
+        ] + generator.sample(halves, 2)
+        texts = set()
+        for length in range(1, 6):
+            for path in itertools.product(pieces, repeat=length):
+                texts.add(fold(b"".join(path).decode("utf-8", "replace")))
+        for _ in range(4):
+            term = "".join(generator.choices(letters, k=generator.randint(1, 3)))
+            pattern = re.compile(f"(?<!\\w){re.escape(fold(term))}(?!\\w)")
+            found = any(pattern.search(text) for text in texts)
+            ask = {"tokens": hexadecimal([*pieces, b""]), "terms": [term], "path": []}
+            answer = engine.ask("rewards", **ask)
+            assert ("steps" in answer) == found, (pieces, term)
+            answers.append(found)
+    assert 10 < sum(answers) < 90
+
+
 def fold(text: str) -> str:
     """Case folding of single characters."""
     return "".join(c.casefold() if len(c.casefold()) == 1 else c for c in text)
