@@ -85,6 +85,20 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, but not {path.name!r}")
 
 
+def check_output(output: Path) -> None:
+    """Raises: UsageError where a model could not be written to --output at the end."""
+    check_suffix(output)
+    if output.exists() and not output.is_file():
+        raise UsageError(f"--output {output} exists and is not a file")
+    check_writable(output)
+
+
+def write_output(model: GPT, output: Path) -> None:
+    """Save a model where --output says, with the folders above it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save(model, output)
+
+
 def check_writable(output: Path) -> None:
     """Raises: UsageError where --output could not be written at the end. Nothing is left there."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())

@@ -111,7 +111,11 @@ def _build_parser(command: str, config_class: type) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {"options": parser}
-    for entry in dataclasses.fields(config_class):
+    # A command's own flags stand before those it shares with others.
+    own = config_class.__annotations__
+    entries = sorted(dataclasses.fields(config_class), key=lambda entry: entry.name not in own)
+    order = [*configuration.GROUPS, *(entry.metadata["group"] for entry in entries)]
+    for entry in sorted(entries, key=lambda entry: order.index(entry.metadata["group"])):
         title = entry.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group

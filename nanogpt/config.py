@@ -11,6 +11,9 @@ from typing import Any
 
 from nanogpt.errors import UsageError
 
+GROUPS = ("options", "text", "offline data", "self-alignment", "model", "training")
+"""Headings of --help that come first, in this order."""
+
 
 def option(
     default: Any,
@@ -125,25 +128,9 @@ KERNEL_CHOICES = ("auto", "triton", "torch", "reference")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a GPT on text and write it to one file."""
+class VocabularyFlags:
+    """How a text becomes tokens."""
 
-    text: tuple[str, ...] = option(
-        (),
-        "files, folders, globs, .gz or - for standard input",
-        group="text",
-        auto="the Python language reference that comes with Python",
-        metavar="PATH",
-    )
-    encoding_errors: str = option(
-        "strict",
-        "what to do with bytes that are not UTF-8",
-        group="text",
-        choices=("strict", "replace"),
-    )
-    val_fraction: float = option(
-        0.1, "the last part of the text, held out for validation", group="text", minimum=0, below=1
-    )
     tokenizer: str | None = option(
         None,
         "characters, bytes or byte-pair encoding",
@@ -158,6 +145,11 @@ class TrainConfig:
         minimum=257,
         auto="4096",
     )
+
+
+@dataclass(frozen=True)
+class ShapeFlags:
+    """The shape of a model that is trained."""
 
     preset: str = option("tiny", "a named shape", group="model", choices=tuple(PRESETS))
     n_layer: int | None = option(
@@ -182,6 +174,93 @@ class TrainConfig:
         group="model",
         auto="new weights",
         metavar="MODEL",
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """AdamW's settings."""
+
+    weight_decay: float = option(0.1, "on matrices only", group="training", minimum=0)
+    beta1: float = option(0.9, "AdamW's first moment decay", group="training", minimum=0, below=1)
+    beta2: float = option(0.99, "AdamW's second moment decay", group="training", minimum=0, below=1)
+    warmup_steps: int | None = option(
+        None,
+        "steps of linear warmup",
+        group="training",
+        minimum=0,
+        auto="a twentieth of the steps, 100 at most",
+    )
+    grad_clip: float = option(
+        1.0, "largest gradient norm; 0 does not clip", group="training", minimum=0
+    )
+    seed: int = option(
+        1337, "of weights, batches, dropout and samples", group="training", minimum=0, below=2**63
+    )
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where a run keeps its state."""
+
+    run_dir: str | None = option(
+        None,
+        "checkpoints, metrics and report",
+        group="files",
+        auto="runs/<name from configuration and data>",
+        identity=False,
+        metavar="PATH",
+    )
+    resume: str = option(
+        "auto",
+        "go on with an interrupted run: auto, never, or the path of a run directory",
+        group="files",
+        identity=False,
+        metavar="auto|never|PATH",
+    )
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where and in which precision a run computes."""
+
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    dtype: str = option(
+        "auto",
+        "precision of the products",
+        group="machine",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    kernels: str = option(
+        "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
+    )
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core", identity=False
+    )
+    json: bool = option(
+        False, "print one JSON object with the outcome", group="reports", identity=False
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, VocabularyFlags):
+    """Train a GPT on text and write it to one file."""
+
+    text: tuple[str, ...] = option(
+        (),
+        "files, folders, globs, .gz or - for standard input",
+        group="text",
+        auto="the Python language reference that comes with Python",
+        metavar="PATH",
+    )
+    encoding_errors: str = option(
+        "strict",
+        "what to do with bytes that are not UTF-8",
+        group="text",
+        choices=("strict", "replace"),
+    )
+    val_fraction: float = option(
+        0.1, "the last part of the text, held out for validation", group="text", minimum=0, below=1
     )
 
     epochs: int | None = option(
@@ -215,22 +294,7 @@ class TrainConfig:
     min_lr: float | None = option(
         None, "learning rate at the end", group="training", minimum=0, auto="a tenth of the peak"
     )
-    weight_decay: float = option(0.1, "on matrices only", group="training", minimum=0)
-    beta1: float = option(0.9, "AdamW's first moment decay", group="training", minimum=0, below=1)
-    beta2: float = option(0.99, "AdamW's second moment decay", group="training", minimum=0, below=1)
-    warmup_steps: int | None = option(
-        None,
-        "steps of linear warmup",
-        group="training",
-        minimum=0,
-        auto="a twentieth of the steps, 100 at most",
-    )
-    grad_clip: float = option(
-        1.0, "largest gradient norm; 0 does not clip", group="training", minimum=0
-    )
-    seed: int = option(
-        1337, "of weights, batches, dropout and samples", group="training", minimum=0, below=2**63
-    )
+    compile: bool = option(False, "use torch.compile", group="machine")
 
     eval_interval: int | None = option(
         None,
@@ -253,38 +317,129 @@ class TrainConfig:
         identity=False,
         metavar="PATH",
     )
-    run_dir: str | None = option(
+
+
+@dataclass(frozen=True)
+class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, VocabularyFlags):
+    """Train on rewarded texts, or align a model with terms of a domain."""
+
+    offline_data: str | None = option(
         None,
-        "checkpoints, metrics and report",
-        group="files",
-        auto="runs/<name from configuration and text>",
-        identity=False,
+        "rewarded texts: lines text|reward, or .jsonl or .csv with text or prompt and completion, "
+        "and reward; - for standard input",
+        group="offline data",
+        auto="none",
         metavar="PATH",
     )
-    resume: str = option(
-        "auto",
-        "go on with an interrupted run: auto, never, or the path of a run directory",
-        group="files",
-        identity=False,
-        metavar="auto|never|PATH",
+    objective: str = option(
+        "weighted",
+        "weighted likelihood, or what needs --init: preferences of pairs (dpo), good and bad (kto)",
+        group="offline data",
+        choices=("weighted", "dpo", "kto"),
+    )
+    weighting: str = option(
+        "exp",
+        "how rewards become weights; identity is plain training",
+        group="offline data",
+        choices=("exp", "binary", "topk", "rank", "identity"),
+    )
+    beta: float | None = option(
+        None,
+        "temperature of the rewards: small is greedy",
+        group="offline data",
+        above=0,
+        auto="1.0; 0.1 in dpo and kto",
+    )
+    scale_rewards: str = option(
+        "std",
+        "what rewards are divided by: their standard deviation, that of their prompt, or 1",
+        group="offline data",
+        choices=("std", "group", "none"),
+    )
+    target_ess: float | None = option(
+        None,
+        "find the beta of this effective sample size: records, or below 1 a share of them",
+        group="offline data",
+        above=0,
+        auto="--beta is used",
+    )
+    target_kl: float | None = option(
+        None,
+        "find the beta that moves the data by this many nats",
+        group="offline data",
+        above=0,
+        auto="--beta is used",
+    )
+    max_weight: float = option(
+        20.0, "records of average reward that one may count for", group="offline data", minimum=1
+    )
+    top_fraction: float = option(
+        0.25, "best part kept by --weighting topk", group="offline data", above=0, maximum=1
+    )
+    kl_coef: float = option(
+        0.0,
+        "price of a nat a token away from the model of --init",
+        group="offline data",
+        minimum=0,
+    )
+    val_fraction: float = option(
+        0.1, "records held out for validation", group="offline data", minimum=0, below=1
+    )
+    compare: bool = option(
+        False,
+        "prove it: train plainly and on the best fifth too, on half of the file, and judge samples "
+        "by what the other half likes",
+        group="offline data",
+    )
+    compare_samples: int = option(
+        512, "texts written by each model of --compare", group="offline data", minimum=2
     )
 
-    device: str = option("auto", DEVICE_HELP, group="machine")
-    dtype: str = option(
-        "auto",
-        "precision of the products",
-        group="machine",
-        choices=("auto", "float32", "bfloat16", "float16"),
+    align_terms: str | None = option(
+        None,
+        "terms to write more of: a,b,c or a file with one a line; needs --init",
+        group="self-alignment",
+        auto="none",
+        metavar="FILE|a,b,c",
     )
-    kernels: str = option(
-        "auto", "implementation of the fused operations", group="machine", choices=KERNEL_CHOICES
+    rounds: int = option(3, "times to sample, score and train", group="self-alignment", minimum=1)
+    num_generations: int = option(1024, "samples of a round", group="self-alignment", minimum=2)
+    max_completion_length: int = option(
+        128, "tokens of a sample", group="self-alignment", minimum=1
     )
-    compile: bool = option(False, "use torch.compile", group="machine")
-    threads: int | None = option(
-        None, "CPU threads", group="machine", minimum=1, auto="one per core", identity=False
+    anchor_text: str | None = option(
+        None,
+        "original text that is mixed in and judges general ability",
+        group="self-alignment",
+        auto="the text that comes with Python, where the vocabulary fits",
+        metavar="PATH",
     )
-    json: bool = option(
-        False, "print one JSON object with the outcome", group="reports", identity=False
+    anchor_fraction: float = option(
+        0.3, "part of each round that is original text", group="self-alignment", minimum=0, below=1
+    )
+    kl_budget: float | None = option(
+        None,
+        "stop before samples are this far from the model of --init, in nats a text",
+        group="self-alignment",
+        above=0,
+        auto="0.05 for each token of a sample",
+    )
+
+    epochs: int = option(3, "passes over the records", group="training", minimum=1)
+    batch_size: int = option(64, "sequences in an optimizer step", group="training", minimum=1)
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate",
+        group="training",
+        above=0,
+        auto="by the model's width as in train; a quarter of that with --init; 1e-5 in dpo and kto",
+    )
+    output: str = option(
+        "gpt_aligned.pth",
+        "the model file: .pth or .safetensors",
+        group="files",
+        identity=False,
+        metavar="PATH",
     )
 
 
@@ -442,7 +597,7 @@ class DoctorConfig:
     json: bool = option(False, "print one JSON object")
 
 
-def shape_from_flags(config: TrainConfig, vocab_size: int) -> GPTConfig:
+def shape_from_flags(config: ShapeFlags, vocab_size: int) -> GPTConfig:
     """The model's shape: the preset's, with the flags that were given in its place.
 
     Raises: UsageError where the sizes do not fit together.

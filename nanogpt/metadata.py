@@ -38,10 +38,24 @@ def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def seal(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The metadata with its format and two check sums added: of the tensors and of itself."""
-    sealed = {**content, "format": FORMAT, "sha256": tensor_digest(tensors)}
+    """The metadata with its format and two check sums added: of the tensors and of itself.
+
+    A calibration that was fitted to other tensors is marked stale.
+    """
+    digest = tensor_digest(tensors)
+    fitted = content.get("calibration") or {}
+    if fitted.get("weights_sha256", digest) != digest and not fitted.get("stale"):
+        content = with_stale_calibration(content)
+    sealed = {**content, "format": FORMAT, "sha256": digest}
     sealed["metadata_sha256"] = hashlib.sha256(canonical_json(sealed)).hexdigest()
     return sealed
+
+
+def with_stale_calibration(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a model whose weights have changed: no temperature, and a stale record."""
+    calibration = content.get("calibration")
+    stale = None if calibration is None else {**calibration, "stale": True}
+    return {**content, "calibration_temperature": None, "calibration": stale}
 
 
 def verify(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:

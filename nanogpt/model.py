@@ -129,6 +129,8 @@ class GPT(nn.Module):
         config: GPTConfig.
         tokenizer: the Tokenizer of the text it was trained on, or None.
         calibration_temperature: fitted temperature, or None.
+        calibration: how it was fitted (see `nanogpt.calibrate`), kept when training goes on, but
+            marked "stale"; or None.
     Source: Radford et al. 2019, GPT-2; parameter names as in Hugging Face's and nanoGPT's.
     """
 
@@ -141,6 +143,7 @@ class GPT(nn.Module):
         self.config = config if config is not None else GPTConfig(**shape)
         self.tokenizer: Tokenizer | None = None
         self.calibration_temperature: float | None = None
+        self.calibration: dict[str, Any] | None = None
         self.impl = "auto"
         self.transformer = nn.ModuleDict(
             {
@@ -263,7 +266,19 @@ class GPT(nn.Module):
             "config": shape,
             "tokenizer": tokenizer,
             "calibration_temperature": self.calibration_temperature,
+            "calibration": self.calibration,
         }
+
+    @property
+    def calibration_is_stale(self) -> bool:
+        """Whether a temperature was fitted, but to other weights than these."""
+        return bool(self.calibration and self.calibration.get("stale"))
+
+    def mark_calibration_stale(self) -> None:
+        """The weights are about to change: forget the temperature, keep what is known of it."""
+        content = metadata.with_stale_calibration(self.describe())
+        self.calibration_temperature = content["calibration_temperature"]
+        self.calibration = content["calibration"]
 
     def get_extra_state(self) -> torch.Tensor:
         """The model's metadata as a uint8 tensor, so that a state dict carries it."""
@@ -286,6 +301,7 @@ class GPT(nn.Module):
         stored = content.get("tokenizer")
         self.tokenizer = None if stored is None else tokenizer_from_dict(stored)
         self.calibration_temperature = content.get("calibration_temperature")
+        self.calibration = content.get("calibration")  # files of earlier versions have none
 
     def _before_load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Refuse damaged weights; let a state dict without metadata pass a strict load."""

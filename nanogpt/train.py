@@ -19,10 +19,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,14 +30,16 @@ from nanogpt import checkpoint, machine
 from nanogpt.config import TrainConfig, shape_from_flags
 from nanogpt.data import Corpus, gather, prepare
 from nanogpt.decoding import generate
-from nanogpt.errors import NanoGPTError, UsageError
-from nanogpt.kernels.choice import Workload, choose
+from nanogpt.errors import NanoGPTError
+from nanogpt.interruption import EXIT_CODES, signals_noted, terminable
 from nanogpt.model import GPT
 from nanogpt.plan import (
     Plan,
     bpe_vocab_size,
     check_against_initial,
-    first_difference,
+    choose_kernels,
+    find_start,
+    machine_choices,
     make_identity,
     make_plan,
     run_path,
@@ -57,30 +57,20 @@ from nanogpt.trainer import (
 )
 
 _DIVERGED_AFTER = 100
-# Tokens of the micro-batch on which the implementations are compared.
-_MEASURED_TOKENS = 8_192
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def run(config: TrainConfig) -> int:
     """Check, plan, train, finish. Returns the exit code."""
     say = _quiet if config.json else _say
     output = Path(config.output)
-    _check_output(output)
-    device = machine.resolve_device(config.device)
-    dtype, why_dtype = machine.resolve_dtype(config.dtype, device)
-    choices = {
-        "device": str(device),
-        "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
-        "kernels": machine.check_kernels(config.kernels, device),
-        "threads": machine.set_threads(config.threads),
-        "compile": "torch.compile (asked for)" if config.compile else "no",
-    }
+    checkpoint.check_output(output)
+    device, dtype, choices = machine_choices(config)
+    choices["compile"] = "torch.compile (asked for)" if config.compile else "no"
     initial = checkpoint.load(config.init)[0] if config.init else None
     check_against_initial(config, initial)
     if initial is None:
         shape_from_flags(config, vocab_size=257)  # heads and widths, before any reading
-    with _terminable():
+    with terminable():
         corpus = prepare(
             config.text or None,
             tokenizer_kind=config.tokenizer or "char",
@@ -90,13 +80,22 @@ def run(config: TrainConfig) -> int:
             note=say,
         )
         plan = make_plan(config, corpus, initial, device, dtype, choices)
-        identity = make_identity(config, corpus, initial)
-        path = run_path(config, corpus, plan.shape, identity)
+        identity = make_identity(
+            config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
+        )
+        path = run_path(config, corpus.name, plan.shape, identity)
         with RunDirectory(path, warn=_say) as folder:
-            start = _find_start(config, folder, identity)
+            start = find_start(config, folder, identity)
             if start is not None and start.state["position"]["finished"]:
                 return _already_finished(config, folder, start, output, say)
-            picked, choices["kernels"] = _choose_kernels(plan, folder if start else None)
+            picked, choices["kernels"] = choose_kernels(
+                config.kernels,
+                plan.shape,
+                device,
+                dtype,
+                plan.micro_batch_size,
+                folder if start else None,
+            )
             if start is None:
                 # Two checkpoints while a third is written: weights, best and two moments each.
                 folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
@@ -127,7 +126,7 @@ def _train(
     earlier_seconds, started = position.seconds, time.monotonic()
     failures = 0
     bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
-    with bar, _signals_noted() as received:
+    with bar, signals_noted() as received:
         while position.step < plan.total_steps and not received:
             step_started = time.perf_counter()
             starts = plan.order.starts(position.step)
@@ -276,47 +275,6 @@ def _save_checkpoint(trainer: Trainer, folder: RunDirectory, bar: TrainingProgre
         bar.say(f"WARNING: the checkpoint of step {trainer.position.step:,} failed: {reason}")
 
 
-def _find_start(
-    config: TrainConfig, folder: RunDirectory, identity: dict[str, Any]
-) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to begin.
-
-    Raises: UsageError where the directory holds another configuration's run.
-    """
-    try:
-        found = folder.read_identity()
-    except NanoGPTError:
-        if config.resume != "never":
-            raise
-        return None
-    if found is None:
-        return None
-    difference = first_difference(found["identity"], identity)
-    if difference:
-        raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
-    return None if config.resume == "never" else folder.newest()
-
-
-def _choose_kernels(plan: Plan, begun: RunDirectory | None) -> tuple[dict[str, str], str]:
-    """The implementation of each fused operation, as the run began or measured now, and why."""
-    earlier = (begun.read_identity() or {}).get("kernels") if begun else None
-    shape = plan.shape
-    work = Workload(
-        batch=min(plan.micro_batch_size, max(1, _MEASURED_TOKENS // shape.block_size)),
-        positions=shape.block_size,
-        heads=shape.n_head,
-        head_width=shape.n_embd // shape.n_head,
-        vocabulary=shape.vocab_size,
-        dtype=plan.dtype,
-    )
-    try:
-        return choose(plan.config.kernels, plan.device, work, earlier)
-    except RuntimeError as error:
-        if plan.config.kernels == "auto":
-            raise
-        raise UsageError(f"--kernels {plan.config.kernels}: {error}; use auto") from None
-
-
 def _introduce(
     plan: Plan,
     corpus: Corpus,
@@ -384,14 +342,14 @@ def _finish(
         if best is None:
             assert isinstance(trainer.best, Path)
             best = checkpoint.load(trainer.best)[0]
-        _write_output(best, output)
+        checkpoint.write_output(best, output)
         say(f"wrote {output}: the best model, of step {position.best_step:,}")
         say(f"report: {report}")
         if config.sample_tokens and not config.json:
             print(_sample(best.to(plan.device), plan.device, config))
     if config.json:
         print(json.dumps(summary))
-    return 0 if stopped_by is None else _EXIT_CODES[signal.Signals(stopped_by)]
+    return 0 if stopped_by is None else EXIT_CODES[signal.Signals(stopped_by)]
 
 
 def _already_finished(
@@ -404,7 +362,7 @@ def _already_finished(
     """The same command again: say so, and bring back what is missing."""
     say(f"this run is finished, in {folder.path} (--resume never trains anew)")
     if not output.exists():
-        _write_output(start.load_model("best"), output)
+        checkpoint.write_output(start.load_model("best"), output)
         best_step = start.state["position"]["best_step"]
         say(f"wrote {output} again: the best model, of step {best_step:,}")
     if config.json:
@@ -421,59 +379,6 @@ def _already_finished(
         }
         print(json.dumps(summary))
     return 0
-
-
-def _write_output(model: GPT, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(model, output)
-
-
-def _check_output(output: Path) -> None:
-    """Raises: UsageError where --output could not be written at the end."""
-    checkpoint.check_suffix(output)
-    if output.exists() and not output.is_file():
-        raise UsageError(f"--output {output} exists and is not a file")
-    checkpoint.check_writable(output)
-
-
-@contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("stopping after this step; once more stops at once", file=sys.stderr)
-
-    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
-        yield received
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the process in order, so that temporary files go."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(_EXIT_CODES[signal.SIGTERM])
-
-    with _handlers({signal.SIGTERM: leave}):
-        yield
-
-
-@contextmanager
-def _handlers(
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
-) -> Iterator[None]:
-    before = {}
-    with suppress(ValueError):  # only the main thread may set them
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(message: str) -> None:

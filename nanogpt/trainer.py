@@ -75,7 +75,7 @@ def make_trainer(
     if start is None and initial is not None:
         model.load_state_dict(initial.state_dict())
     model.tokenizer = corpus.tokenizer
-    model.calibration_temperature = None  # fitted to other weights
+    model.mark_calibration_stale()
     model.set_kernels(kernels).to(plan.device)
     optimizer = make_optimizer(model, plan)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)

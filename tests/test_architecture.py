@@ -25,6 +25,8 @@ ALLOWED = {
     "kernels": set(),
     "cache": {"config"},
     "metadata": set(),
+    "tilt": set(),
+    "judge": set(),
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -38,10 +40,12 @@ ALLOWED = {
     "machine": {"errors", "kernels"},
     "run_directory": MODEL | {"checkpoint"},
     "progress": set(),
+    "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
-    "train": FILES | {"plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    "train": FILES
+    | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
     "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},

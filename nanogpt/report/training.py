@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
+from nanogpt.report.page import template
 from nanogpt.report.plots import Chart, Series, smoothed
 
 _MOST_SAMPLES = 6
@@ -48,25 +48,16 @@ class TrainingReport:
 
 def render_training_report(run: TrainingReport) -> str:
     """The page as HTML; the same run gives the same bytes."""
-    return _template().render(
+    return template("training.html.j2").render(
         run=run,
+        title=run.title,
+        status=f"Training report, {run.status}",
         verdict=_verdict(run),
         figures=_figures(run),
         charts=[chart for chart in _charts(run) if chart[1]],
         samples=_chosen_samples(run.samples),
         tables=_tables(run),
     )
-
-
-@cache
-def _template() -> Any:
-    import jinja2
-
-    loader = jinja2.PackageLoader("nanogpt.report", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("training.html.j2")
 
 
 def _verdict(run: TrainingReport) -> str:
@@ -100,7 +91,7 @@ def _figures(run: TrainingReport) -> list[tuple[str, str]]:
     rates = [row["tokens_per_second"] for row in run.metrics if row.get("tokens_per_second")]
     if rates:
         figures.append((_short(sorted(rates)[len(rates) // 2]), "tokens a second, median"))
-    figures.append((_duration(run.seconds), "time"))
+    figures.append((duration(run.seconds), "time"))
     return figures
 
 
@@ -173,13 +164,14 @@ def _tables(run: TrainingReport) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Versions", run.versions),
     )
     return [
-        (heading, [(name.replace("_", " "), _shown(value)) for name, value in values.items()])
+        (heading, [(name.replace("_", " "), shown(value)) for name, value in values.items()])
         for heading, values in parts
         if values
     ]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a table, for reading."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -198,7 +190,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     if not math.isfinite(seconds):
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,0 +1,940 @@
+"""Do probabilities mean what they say? Temperature scaling, and the numbers that judge it.
+
+Everything streams: what is kept of a token is a handful of numbers, never its row of V logits. This
+module knows no model and no text; `calibrate.py` brings them. Logs are natural, sums are float64.
+
+`beta` is the inverse temperature 1/T here: it multiplies the logits, and a larger one sharpens.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Logits (n, V), labels (n,) and the numbers of the tokens' groups (n,), or None."""
+Batches = Callable[[], Iterable[Batch]]
+"""Gives the same batches anew for every pass."""
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
+FEW_TOKENS = 1000
+# Float64 numbers of logits that are worked on at once: 2 MiB, which stay in a core's cache.
+_CHUNK_NUMBERS = 2**18
+# Odd, so that beta = 1, in the middle of a symmetric range of log beta, is one of them.
+_GRID_POINTS = 13
+_MOST_PASSES = 60
+_RELATIVE_STEP = 1e-10
+_NARROWEST = 4e-16
+# Distances of the next points from the estimated root, as shares of the way to the bracket's ends.
+_LADDER = (1 / 64, 1 / 64**2, 1 / 64**3)
+_CONFIDENT = 1.959963984540054  # standard deviations of a two-sided 95 % interval
+_MOST_RESAMPLED_GROUPS = 2000
+_CURVE_POINTS = 200
+
+
+class TemperatureScaler:
+    """One temperature for all logits, fitted by maximum likelihood: p = softmax(z / T).
+
+    The mean NLL is convex in beta = 1/T, with slope g = mean(E_q[z] - z_y) and curvature
+    H = mean(Var_q[z]), so that a bracketed Newton search finds the only minimum. Each pass over the
+    data evaluates several beta at once and at least halves the bracket; three or four passes are
+    the rule. At the minimum the mean predictive entropy equals the mean NLL.
+
+    Attributes:
+        temperature_: T, within [0.05, 20].
+        temperature_se_: its standard error: T^2 / sqrt(N H) for independent tokens, and
+            T^2 sqrt(sum_b g_b^2) / (N H) with g_b the slope of group b where groups were given;
+            infinite where T ended at a bound or the data do not determine it.
+        nll_before_, nll_after_: mean NLL in nats at T = 1 and at T; never higher after.
+        n_tokens_: N, what counted.
+        bound_: "lower" or "upper" where the likelihood has no minimum inside the range: every
+            token is the likeliest one, or the model is worse than chance.
+        passes_: passes over the data.
+    Source: Guo et al. 2017, On calibration of modern neural networks (arXiv:1706.04599); Liang and
+        Zeger 1986 for the sum over groups.
+    """
+
+    temperature_: float
+    temperature_se_: float
+    nll_before_: float
+    nll_after_: float
+    n_tokens_: int
+    bound_: str | None
+    passes_: int
+
+    def fit(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> "TemperatureScaler":
+        """Fit to logits in memory, their tokens taken as independent.
+
+        Args:
+            logits: (N, V) floating, of any precision; a class other than the label's may be -inf.
+            labels: (N,) whole numbers in [0, V).
+            mask: (N,) bool, False where a token does not count; its row may then hold anything.
+        Returns: itself.
+        Raises: ValueError where shapes disagree, no token counts, a label is outside the
+            vocabulary or a logit is not finite.
+        """
+        _check_shapes(logits, labels, None)
+        if mask is None:
+            return self.fit_batches(lambda: [(logits, labels, None)])
+        if mask.shape != labels.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask must be {tuple(labels.shape)} of bool, not {tuple(mask.shape)} of "
+                f"{str(mask.dtype).removeprefix('torch.')}"
+            )
+        rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+
+        def counted() -> Iterator[Batch]:
+            for first in range(0, len(logits), rows):
+                keep = mask[first : first + rows]
+                yield logits[first : first + rows][keep], labels[first : first + rows][keep], None
+
+        return self.fit_batches(counted)
+
+    def fit_batches(
+        self, batches: Batches, note: Callable[[str], None] = lambda message: None
+    ) -> "TemperatureScaler":
+        """Fit to a stream of logits that is read again for every pass and never kept.
+
+        Args:
+            batches: gives a fresh iterator over (logits (n, V), labels (n,), groups (n,) or None);
+                groups are numbers from 0, equal for tokens that may depend on each other.
+            note: receives a sentence about each pass.
+        Returns: itself. Raises: as `fit`.
+        """
+        edge = math.log(HIGHEST_TEMPERATURE)
+        exponents = torch.linspace(-edge, edge, _GRID_POINTS, dtype=torch.float64)
+        exponents[_GRID_POINTS // 2] = 0.0
+        points = _evaluate(batches, exponents.exp().tolist())
+        at_one, count = points[_GRID_POINTS // 2], points[0].count
+        self.bound_, self.passes_ = None, 1
+        if all(point.slope == 0 for point in points):
+            found = at_one  # every distribution is the same at every temperature
+        elif points[-1].slope <= 0:
+            self.bound_, found = "lower", points[-1]
+        elif points[0].slope >= 0:
+            self.bound_, found = "upper", points[0]
+        else:
+            left, right = _bracket(points)
+            found = min((left, right), key=_newton_step)
+            while (
+                _newton_step(found) > _RELATIVE_STEP
+                and right.beta - left.beta > _NARROWEST * right.beta
+                and self.passes_ < _MOST_PASSES
+            ):
+                note(
+                    f"pass {self.passes_}: the temperature is between {1 / right.beta:.6g} and "
+                    f"{1 / left.beta:.6g}"
+                )
+                points = _evaluate(batches, _next_betas(left, right))
+                self.passes_ += 1
+                left, right = _bracket([left, *points, right])
+                found = min((found, *points), key=_newton_step)
+        if at_one.nll <= found.nll and self.bound_ is None:
+            found = at_one
+        self.temperature_ = 1.0 / found.beta
+        self.temperature_se_ = math.inf if self.bound_ else _standard_error(found)
+        self.nll_before_, self.nll_after_ = at_one.nll / count, found.nll / count
+        self.n_tokens_ = count
+        self._warn()
+        return self
+
+    def transform(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits / T, any shape, in float32 or wider; every row keeps its order of classes.
+
+        Confidences of different rows may change their order where there are more than two classes.
+        """
+        return _wide(logits) / self._fitted()
+
+    def predict_proba(self, logits: torch.Tensor) -> torch.Tensor:
+        """softmax(logits / T) over the last dimension, in float32 or wider."""
+        return self.transform(logits).softmax(-1)
+
+    def _fitted(self) -> float:
+        if not hasattr(self, "temperature_"):
+            raise ValueError("this TemperatureScaler has no temperature yet: call fit first")
+        return self.temperature_
+
+    def _warn(self) -> None:
+        shown = f"{self.temperature_:.4g}"
+        if self.bound_ == "lower":
+            warnings.warn(
+                f"the temperature ended at its lower bound, {shown}: on these {self.n_tokens_:,} "
+                f"tokens the likeliest token is always the right one",
+                stacklevel=3,
+            )
+        elif self.bound_ == "upper":
+            warnings.warn(
+                f"the temperature ended at its upper bound, {shown}: on these "
+                f"{self.n_tokens_:,} tokens the logits say less than nothing",
+                stacklevel=3,
+            )
+        if self.n_tokens_ < FEW_TOKENS:
+            error = self.temperature_se_
+            known = f"standard error {error:.2g}" if math.isfinite(error) else "no standard error"
+            warnings.warn(
+                f"the temperature was fitted to {self.n_tokens_:,} tokens, fewer than "
+                f"{FEW_TOKENS:,}: {shown}, {known}",
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Sums over all tokens at one beta: NLL and its two derivatives, and sum_b g_b^2."""
+
+    beta: float
+    nll: float
+    slope: float
+    curvature: float
+    count: int
+    group_squares: float | None
+    groups: int
+
+
+def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
+    """One pass over the data: the sums at every beta."""
+    sums = torch.zeros(3, len(betas), dtype=torch.float64)
+    grouped = _GroupSums(len(betas))
+    count, any_groups = 0, False
+    for z, labels, groups in _row_chunks(batches):
+        of_label = z.gather(1, labels[:, None])[:, 0]  # (n,)
+        slopes = torch.empty(len(z), len(betas), dtype=torch.float64, device=z.device)
+        for index, beta in enumerate(betas):
+            log_total, mean, variance = _moments(z, beta)
+            slopes[:, index] = mean - of_label
+            nll = (log_total - beta * of_label).sum()
+            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()]).cpu()
+        count += len(z)
+        if groups is not None:
+            any_groups = True
+            grouped.add(groups, slopes)
+    if not count:
+        raise ValueError("there are no tokens to fit a temperature to")
+    squares = grouped.totals.square().sum(0).tolist() if any_groups else [None] * len(betas)
+    columns = sums.tolist()
+    return [
+        _Point(beta, nll, slope, curvature, count, square, grouped.count)
+        for beta, nll, slope, curvature, square in zip(betas, *columns, squares, strict=True)
+    ]
+
+
+def _moments(
+    z: torch.Tensor, beta: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n,).
+
+    The rows of z have their maximum at 0, so that the largest probability stands there: the
+    variance is at least mean^2 / V, and the difference below loses no more than a factor V.
+    """
+    weights = (z * beta).exp_()
+    total = weights.sum(1)
+    # What has no probability counts nothing: 0 times -inf is not a number.
+    z = z.masked_fill(z == -math.inf, 0.0)
+    mean = torch.linalg.vecdot(weights, z) / total
+    second = torch.linalg.vecdot(weights.mul_(z), z) / total
+    return total.log(), mean, (second - mean.square()).clamp_min(0)
+
+
+def _row_chunks(batches: Batches) -> Iterator[Batch]:
+    """Checked pieces of the batches: float64 logits whose rows have their maximum at 0."""
+    for logits, labels, groups in batches():
+        yield from _pieces(logits, labels, groups)
+
+
+def _pieces(
+    logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None
+) -> Iterator[Batch]:
+    _check_shapes(logits, labels, groups)
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
+    labels = labels.to(logits.device, torch.int64)
+    if groups is not None:
+        groups = groups.to(logits.device, torch.int64)
+    rows, vocabulary = max(1, _CHUNK_NUMBERS // logits.shape[1]), logits.shape[1]
+    for first in range(0, len(logits), rows):
+        part = slice(first, first + rows)
+        chosen = labels[part]
+        if bool(((chosen < 0) | (chosen >= vocabulary)).any()):
+            bad = int(chosen[(chosen < 0) | (chosen >= vocabulary)][0])
+            raise ValueError(
+                f"the label {bad} is outside the vocabulary of {vocabulary:,} (tokens that do not "
+                f"count are left out with a mask)"
+            )
+        z = logits[part].detach().to(torch.float64)
+        top = z.amax(1, keepdim=True)
+        of_label = z.gather(1, chosen[:, None])
+        if not bool((torch.isfinite(top) & torch.isfinite(of_label)).all()):
+            raise ValueError(
+                "the logits hold NaN or infinity (only -inf is allowed, and not of a label)"
+            )
+        yield z - top, chosen, None if groups is None else groups[part]
+
+
+def _check_shapes(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None) -> None:
+    if logits.dim() != 2 or labels.dim() != 1 or len(logits) != len(labels):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} must be (N, V) and labels {tuple(labels.shape)} (N,)"
+        )
+    if not logits.shape[1]:
+        raise ValueError("the logits have no classes")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating, not {logits.dtype}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be whole numbers, not {labels.dtype}")
+    if groups is not None and groups.shape != labels.shape:
+        raise ValueError(f"groups {tuple(groups.shape)} must be as many as labels")
+
+
+class _GroupSums:
+    """Sums of rows by the number of their group; the memory grows with the largest number."""
+
+    def __init__(self, columns: int) -> None:
+        self._sums = torch.zeros(64, columns, dtype=torch.float64)
+        self._seen = torch.zeros(64, dtype=torch.bool)
+
+    def add(self, groups: torch.Tensor, values: torch.Tensor) -> None:
+        groups, values = groups.cpu(), values.cpu()
+        if not len(groups):
+            return
+        if int(groups.min()) < 0:
+            raise ValueError(f"groups are numbers from 0, not {int(groups.min())}")
+        missing = int(groups.max()) + 1 - len(self._seen)
+        if missing > 0:
+            more = max(missing, len(self._seen))
+            self._sums = torch.cat([self._sums, self._sums.new_zeros(more, values.shape[1])])
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(more)])
+        self._sums.index_add_(0, groups, values)
+        self._seen[groups] = True
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """(groups, columns), of the groups that have a row."""
+        return self._sums[self._seen]
+
+    @property
+    def count(self) -> int:
+        return int(self._seen.sum())
+
+
+def _bracket(points: list[_Point]) -> tuple[_Point, _Point]:
+    """The neighbours between which the slope changes its sign."""
+    ordered = sorted(points, key=lambda point: point.beta)
+    at = next(i for i, point in enumerate(ordered) if point.slope >= 0)
+    return ordered[at - 1], ordered[at]
+
+
+def _newton_step(point: _Point) -> float:
+    """How far Newton's next step would go, as a share of beta."""
+    if point.slope == 0:
+        return 0.0
+    return abs(point.slope / point.curvature) / point.beta if point.curvature > 0 else math.inf
+
+
+def _next_betas(left: _Point, right: _Point) -> list[float]:
+    """Where to look next inside a bracket.
+
+    The estimated root, a ladder of points towards either end, so that the next bracket is as narrow
+    as the estimate is good, and the middle, so that it is half as wide at least.
+    """
+    a, b = left.beta, right.beta
+    root = _cubic_root(left, right)
+    ladder = [root + share * (end - root) for end in (a, b) for share in _LADDER]
+    inside = {beta for beta in (root, 0.5 * (a + b), *ladder) if a < beta < b}
+    return sorted(inside) or [0.5 * (a + b)]
+
+
+def _cubic_root(left: _Point, right: _Point) -> float:
+    """Root of the cubic through slopes and curvatures at both ends, Newton's from both sides."""
+    width = right.beta - left.beta
+    p0, p1 = left.slope, right.slope
+    m0, m1 = left.curvature * width, right.curvature * width
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        t = 0.5 * (low + high)
+        s = 1 - t
+        value = s * s * ((1 + 2 * t) * p0 + t * m0) + t * t * ((3 - 2 * t) * p1 - s * m1)
+        low, high = (t, high) if value < 0 else (low, t)
+    return left.beta + 0.5 * (low + high) * width
+
+
+def _standard_error(point: _Point) -> float:
+    """Of T at the minimum; by groups where there are two of them at least."""
+    if point.curvature <= 0:
+        return math.inf
+    if point.group_squares is None or point.groups < 2:
+        of_beta = 1 / math.sqrt(point.curvature)
+    else:
+        few = point.groups / (point.groups - 1)
+        of_beta = math.sqrt(few * point.group_squares) / point.curvature
+    return of_beta / point.beta**2
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class PerTokenTemperature:
+    """A temperature of its own for every token: T_i = T exp(w . phi_i).
+
+    phi_i = [1, log of the standard deviation of the logits, margin of the two largest, entropy at
+    T]. With w = 0, where the fit starts, it is the global temperature exactly; whether four more
+    numbers are worth it is for text to say that neither fit has seen: see `is_worth_it`.
+
+    Args:
+        temperature: T, the global one.
+        weights: w of an earlier fit; zeros without.
+    Attributes:
+        weights_: w, four numbers.
+        passes_: passes over the data of the last fit.
+    Source: the idea of Xie et al. 2024, Calibrating language models with adaptive temperature
+        scaling (arXiv:2409.19817), with features in place of a transformer layer.
+    """
+
+    def __init__(self, temperature: float, weights: Iterable[float] | None = None) -> None:
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"a temperature is above 0, not {temperature}")
+        self.temperature = temperature
+        self.weights_ = [0.0] * 4 if weights is None else [float(weight) for weight in weights]
+        if len(self.weights_) != 4 or not all(map(math.isfinite, self.weights_)):
+            raise ValueError("a per-token temperature has four finite weights")
+        self.passes_ = 0
+
+    def fit_batches(self, batches: Batches) -> "PerTokenTemperature":
+        """Newton's method on w in float64, with steps that only ever lower the NLL.
+
+        Args:
+            batches: as for `TemperatureScaler.fit_batches`.
+        Returns: itself. Raises: ValueError as there.
+        """
+        here = torch.tensor(self.weights_, dtype=torch.float64)
+        nll, gradient, hessian = (sums[0] for sums in self._sums(batches, [here]))
+        self.passes_ = 1
+        while self.passes_ < _MOST_PASSES:
+            step = _descent(gradient, hessian)
+            # Most steps are taken whole; the shorter ones spare a pass where one overshoots.
+            candidates = [here + share * step for share in (1.0, 0.5, 0.125, 0.01)]
+            sums = self._sums(batches, candidates)
+            self.passes_ += 1
+            best = int(sums[0].argmin())
+            gain = float(nll - sums[0][best])
+            if not gain > 0:
+                break
+            here = candidates[best]
+            nll, gradient, hessian = (part[best] for part in sums)
+            if gain < 1e-10 * abs(float(nll)):
+                break
+        self.weights_ = here.tolist()
+        return self
+
+    def temperatures(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N,) float64 temperatures within [0.05, 20] of logits (N, V)."""
+        labels = logits.argmax(1)
+        rows = [self._of_rows(z) for z, _, _ in _pieces(logits, labels, None)]
+        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
+
+    def transform(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (N, V), each row divided by its temperature, in float32 or wider."""
+        wide = _wide(logits)
+        return wide / self.temperatures(logits).to(wide)[:, None]
+
+    def predict_proba(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N, V) softmax of `transform`."""
+        return self.transform(logits).softmax(-1)
+
+    def _of_rows(self, z: torch.Tensor) -> torch.Tensor:
+        weights = torch.tensor(self.weights_, dtype=torch.float64, device=z.device)
+        return self._log_temperatures(self._features(z), weights).exp()
+
+    def _features(self, z: torch.Tensor) -> torch.Tensor:
+        """(n, 4) phi of float64 rows whose maximum is 0."""
+        possible = z > -math.inf
+        finite = z.masked_fill(~possible, 0.0)
+        count = possible.sum(1)
+        mean = finite.sum(1) / count
+        spread = (finite - mean[:, None]).masked_fill(~possible, 0.0).square().sum(1) / count
+        margin = torch.zeros_like(mean)
+        if z.shape[1] > 1:
+            margin = -z.topk(2, dim=1).values[:, 1].clamp_min(-1e3)
+        log_total, mean_z, _ = _moments(z, 1 / self.temperature)
+        entropy = log_total - mean_z / self.temperature
+        log_spread = 0.5 * spread.clamp_min(1e-12).log()
+        return torch.stack([torch.ones_like(mean), log_spread, margin, entropy], 1)
+
+    def _log_temperatures(self, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        free = math.log(self.temperature) + features @ weights
+        return free.clamp(math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE))
+
+    def _sums(
+        self, batches: Batches, candidates: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """NLL (K,), gradient (K, 4) and Hessian (K, 4, 4) at every candidate w, in one pass."""
+        nll = torch.zeros(len(candidates), dtype=torch.float64)
+        gradient = torch.zeros(len(candidates), 4, dtype=torch.float64)
+        hessian = torch.zeros(len(candidates), 4, 4, dtype=torch.float64)
+        count = 0
+        for z, labels, _ in _row_chunks(batches):
+            features = self._features(z)
+            of_label = z.gather(1, labels[:, None])[:, 0]
+            count += len(z)
+            for index, weights in enumerate(candidates):
+                beta = (-self._log_temperatures(features, weights.to(z.device))).exp()
+                log_total, mean, variance = _moments(z, beta[:, None])
+                nll[index] += (log_total - beta * of_label).sum().cpu()
+                # d beta / d w = -beta phi, and its derivative beta phi phi^T.
+                slope = (mean - of_label) * beta
+                gradient[index] -= (slope @ features).cpu()
+                bend = variance * beta.square() + slope
+                hessian[index] += (features.T @ (features * bend[:, None])).cpu()
+        if not count:
+            raise ValueError("there are no tokens to fit temperatures to")
+        return nll, gradient, hessian
+
+
+def _descent(gradient: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Newton's step with every curvature taken as positive, and none along flat directions."""
+    values, vectors = torch.linalg.eigh(hessian)
+    values = values.abs()
+    usable = values > 1e-12 * values.max().clamp_min(1e-300)
+    along = vectors.T @ gradient
+    along = torch.where(usable, along / values.where(usable, torch.ones_like(values)), 0.0)
+    return -(vectors @ along)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean of paired differences, after minus before.
+
+    Attributes:
+        mean: of all tokens.
+        standard_error: of the mean, by groups; infinite where there are fewer than two.
+    """
+
+    mean: float
+    standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, of the normal approximation."""
+        reach = _CONFIDENT * self.standard_error
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the mean fell by more than two standard errors."""
+        return self.mean < -2 * self.standard_error
+
+
+def paired_difference(
+    before: torch.Tensor, after: torch.Tensor, groups: torch.Tensor | None = None
+) -> Difference:
+    """How much a quantity of the same tokens changed.
+
+    Args:
+        before, after: (N,) of the same tokens in the same order, such as their NLL.
+        groups: (N,) numbers from 0 of tokens that may depend on each other; without, all are
+            independent.
+    Raises: ValueError where there are no tokens or the lengths differ.
+    """
+    if before.shape != after.shape or before.dim() != 1 or not len(before):
+        raise ValueError("before and after must hold the same tokens, one at least")
+    change = (after.to(torch.float64) - before.to(torch.float64)).cpu()
+    count, mean = len(change), float(change.mean())
+    if groups is None:
+        groups = torch.arange(count)
+    sums = _GroupSums(1)
+    sums.add(groups, (change - mean)[:, None])
+    if sums.count < 2:
+        return Difference(mean, math.inf)
+    square = float(sums.totals.square().sum()) * sums.count / (sums.count - 1)
+    return Difference(mean, math.sqrt(square) / count)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The tokens whose confidence is in (low, high]; the first bin holds 0 too.
+
+    Attributes:
+        count: how many.
+        confidence, accuracy: their means; None in an empty bin.
+        interval: Wilson's 95 % of the accuracy; None in an empty bin.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How well confidences match outcomes. What needs more than confidences may be None.
+
+    Attributes:
+        n_tokens: N.
+        accuracy, confidence: means.
+        ece: sum_m n_m / N |accuracy_m - confidence_m| over equal bins of confidence.
+        ece_floor, ece_floor_sd: mean and standard deviation of the ece of a perfect model with
+            these very confidences: what noise alone makes of it. They hold for text, because under
+            a perfect model the errors of successive tokens are uncorrelated.
+        ece_interval: 95 % for the calibration error of these bins without its noise; it begins at
+            0 where the ece may be noise alone.
+        adaptive_ece: ece over bins of equal counts (Nixon et al. 2019).
+        mce, rmsce: the largest gap of a bin, and the root of the mean squared gap.
+        brier_top: mean of (confidence - correct)^2, in [0, 1].
+        reliability, resolution, uncertainty: Murphy's parts of it over the bins; reliability -
+            resolution + uncertainty is brier_top where each bin holds one value.
+        brier: mean of sum_k (p_k - [k is right])^2 over all classes, in [0, 2].
+        nll: mean, in nats. entropy: mean of the predictions' entropy, in nats.
+        entropy_gap: entropy - nll; negative for an over-confident model.
+        auroc: probability that a right token is more confident than a wrong one, ties counting
+            half; None where all are right or all wrong.
+        aurc: mean error rate over all coverages, the most confident first.
+        risk_coverage: points (coverage, error rate) of that curve.
+        bins: the reliability diagram.
+    Source: Guo et al. 2017 (arXiv:1706.04599) for ece, mce and bins closed on the right; Murphy
+        1973, A new vector partition of the probability score; Geifman and El-Yaniv 2017
+        (arXiv:1705.08500) for risk and coverage; Wilson 1927.
+    """
+
+    n_tokens: int
+    accuracy: float
+    confidence: float
+    ece: float
+    ece_floor: float
+    ece_floor_sd: float
+    ece_interval: tuple[float, float]
+    adaptive_ece: float
+    mce: float
+    rmsce: float
+    brier_top: float
+    reliability: float
+    resolution: float
+    uncertainty: float
+    brier: float | None
+    nll: float | None
+    entropy: float | None
+    auroc: float | None
+    aurc: float
+    risk_coverage: tuple[tuple[float, float], ...]
+    bins: tuple[Bin, ...]
+
+    @property
+    def entropy_gap(self) -> float | None:
+        if self.entropy is None or self.nll is None:
+            return None
+        return self.entropy - self.nll
+
+    @property
+    def ece_z(self) -> float:
+        """By how many standard deviations the ece exceeds what noise alone makes."""
+        excess = self.ece - self.ece_floor
+        if self.ece_floor_sd > 0:
+            return excess / self.ece_floor_sd
+        return 0.0 if self.ece < 1e-12 else math.inf
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether a perfect model could show this ece: less than three deviations above."""
+        return self.ece_z < 3
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values, infinities and the like as None."""
+        content = dataclasses.asdict(self)
+        content |= {"entropy_gap": self.entropy_gap, "ece_z": self.ece_z}
+        return {**_finite(content), "is_consistent": self.is_consistent}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def calibration_report(
+    confidence: torch.Tensor,
+    correct: torch.Tensor,
+    *,
+    n_bins: int = 15,
+    groups: torch.Tensor | None = None,
+    nll: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    brier: float | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> CalibrationReport:
+    """Compare confidences with outcomes.
+
+    Args:
+        confidence: (N,) probabilities that the predictions are right; or (N, V) probabilities of
+            all classes, whose largest is the confidence.
+        correct: (N,) whether they were right; or, beside (N, V), the labels.
+        n_bins: bins of equal width, closed on the right.
+        groups: (N,) numbers from 0 of tokens that may depend on each other, for the interval.
+        nll, entropy: (N,) nats of each token; taken from (N, V) where that is given.
+        brier: the mean over all classes; taken from (N, V) where that is given.
+        resamples, seed: of the bootstrap by groups, merged to 2,000 of them at most.
+    Raises: ValueError where there are no tokens, shapes disagree or a probability is outside
+        [0, 1] (logits are never taken for probabilities).
+    """
+    if n_bins < 1:
+        raise ValueError(f"there must be a bin at least, not {n_bins}")
+    if confidence.dim() == 2:
+        confidence, correct, nll, entropy, brier = _of_all_classes(confidence, correct)
+    if confidence.dim() != 1 or confidence.shape != correct.shape:
+        raise ValueError(
+            f"confidence {tuple(confidence.shape)} must be (N,), or (N, V) probabilities, and "
+            f"the outcomes {tuple(correct.shape)} (N,)"
+        )
+    if not len(confidence):
+        raise ValueError("there are no tokens to report on")
+    c = _exact(confidence)
+    y = _exact(correct)
+    if not bool(((c >= 0) & (c <= 1)).all()):
+        raise ValueError(
+            "confidences are probabilities in [0, 1]; give softmax(logits), not logits"
+        )
+    if not bool(((y == 0) | (y == 1)).all()):
+        raise ValueError("correct must be True and False, or 1 and 0")
+    count = len(c)
+    edges = torch.arange(n_bins + 1, dtype=torch.float64) / n_bins
+    at = torch.bucketize(c, edges[1:-1])  # edges[at] < c <= edges[at + 1]
+    sizes = torch.bincount(at, minlength=n_bins).to(torch.float64)
+    filled = sizes.clamp_min(1)
+    conf = torch.bincount(at, weights=c, minlength=n_bins) / filled
+    acc = torch.bincount(at, weights=y, minlength=n_bins) / filled
+    gaps, share = (acc - conf).abs(), sizes / count
+    # Under a perfect model a bin's sum of (correct - confidence) is near normal with this variance.
+    noise = torch.bincount(at, weights=c * (1 - c), minlength=n_bins)
+    base = float(y.mean())
+    ece = float((share * gaps).sum())
+    return CalibrationReport(
+        n_tokens=count,
+        accuracy=base,
+        confidence=float(c.mean()),
+        ece=ece,
+        ece_floor=math.sqrt(2 / math.pi) * float(noise.sqrt().sum()) / count,
+        ece_floor_sd=math.sqrt((1 - 2 / math.pi) * float(noise.sum())) / count,
+        ece_interval=_ece_interval(at, y - c, ece, n_bins, groups, resamples, seed),
+        adaptive_ece=_adaptive_ece(c, y, n_bins),
+        mce=float(gaps[sizes > 0].max()),
+        rmsce=math.sqrt(float((share * gaps.square()).sum())),
+        brier_top=float((c - y).square().mean()),
+        reliability=float((share * gaps.square()).sum()),
+        resolution=float((share * (acc - base).square()).sum()),
+        uncertainty=base * (1 - base),
+        brier=brier,
+        nll=None if nll is None else float(_exact(nll).mean()),
+        entropy=None if entropy is None else float(_exact(entropy).mean()),
+        auroc=_auroc(c, y),
+        **_risk(c, y),
+        bins=tuple(
+            Bin(
+                edges[m].item(),
+                edges[m + 1].item(),
+                int(sizes[m]),
+                float(conf[m]) if sizes[m] else None,
+                float(acc[m]) if sizes[m] else None,
+                wilson_interval(float(acc[m]), int(sizes[m])) if sizes[m] else None,
+            )
+            for m in range(n_bins)
+        ),
+    )
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().cpu().to(torch.float64)
+
+
+def _of_all_classes(
+    probabilities: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Confidence, correctness, NLL and entropy of every token, and the mean Brier score."""
+    _check_shapes(probabilities, labels, None)
+    p = _exact(probabilities)
+    if not len(p):
+        raise ValueError("there are no tokens to report on")
+    if not bool(((p >= 0) & (p <= 1)).all()) or float((p.sum(1) - 1).abs().max()) > 1e-3:
+        raise ValueError("rows of probabilities are in [0, 1] and sum to 1; give softmax(logits)")
+    chosen = labels.cpu().to(torch.int64)
+    if int(chosen.min()) < 0 or int(chosen.max()) >= p.shape[1]:
+        raise ValueError(f"the labels must be in [0, {p.shape[1]})")
+    of_label = p.gather(1, chosen[:, None])[:, 0]
+    confidence, top = p.max(1)
+    brier = float((p.square().sum(1) - 2 * of_label + 1).mean())
+    return confidence, top == chosen, -of_label.log(), torch.special.entr(p).sum(1), brier
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % for the probability behind `share` of `count` independent outcomes.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    z2 = _CONFIDENT**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = math.sqrt(share * (1 - share) * z2 / count + (z2 / (2 * count)) ** 2) / (1 + z2 / count)
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def _adaptive_ece(c: torch.Tensor, y: torch.Tensor, n_bins: int) -> float:
+    """Over bins of equal counts: the pieces of the tokens in the order of their confidence."""
+    order = c.argsort(stable=True)
+    excess = (y - c)[order]
+    pieces = torch.tensor_split(excess, min(n_bins, len(c)))
+    return sum(abs(float(piece.sum())) for piece in pieces) / len(c)
+
+
+def _auroc(c: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Mann and Whitney's statistic with midranks."""
+    right = float(y.sum())
+    wrong = len(y) - right
+    if not right or not wrong:
+        return None
+    _, place, sizes = torch.unique(c, return_inverse=True, return_counts=True)
+    midranks = sizes.cumsum(0) - 0.5 * (sizes - 1)
+    return (float((midranks[place] * y).sum()) - right * (right + 1) / 2) / (right * wrong)
+
+
+def _risk(c: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+    """Error rates among the most confident k of N, for k = 1 … N.
+
+    Equal confidences come in no order: each stands for the error rate of all of them.
+    """
+    _, place, sizes = torch.unique(-c, return_inverse=True, return_counts=True)
+    wrong = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, place, 1 - y)
+    errors = torch.repeat_interleave(wrong / sizes, sizes).cumsum(0)
+    covered = torch.arange(1, len(c) + 1, dtype=torch.float64)
+    risk = errors / covered
+    picked = torch.linspace(0, len(c) - 1, min(len(c), _CURVE_POINTS)).round().long().unique()
+    curve = zip((covered[picked] / len(c)).tolist(), risk[picked].tolist(), strict=True)
+    return {"aurc": float(risk.mean()), "risk_coverage": tuple(curve)}
+
+
+def _ece_interval(
+    at: torch.Tensor,
+    excess: torch.Tensor,
+    ece: float,
+    n_bins: int,
+    groups: torch.Tensor | None,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95 % for the calibration error behind an ece, by a bootstrap over groups and its inversion.
+
+    The ece of a sample is too large by its noise, and the bootstrap's is too large by it twice. So
+    the bootstrap gives the noise of every bin's signed gap alone, and the interval is made of the
+    true errors s ece, the observed gaps stretched by s, under which the observed ece is not among
+    the 2.5 % most extreme on either side.
+    """
+    count = len(at)
+    if groups is None:
+        unit = torch.arange(count)
+    else:
+        if groups.shape != at.shape:
+            raise ValueError(f"groups {tuple(groups.shape)} must be as many as the tokens")
+        unit = torch.unique(groups.cpu(), return_inverse=True)[1]
+    units = int(unit.max()) + 1
+    if units > _MOST_RESAMPLED_GROUPS:
+        unit, units = unit * _MOST_RESAMPLED_GROUPS // units, _MOST_RESAMPLED_GROUPS
+    cells = torch.bincount(unit * n_bins + at, weights=excess, minlength=units * n_bins)
+    sums = cells.view(units, n_bins)  # (G, M)
+    sizes = torch.bincount(unit, minlength=units).to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(units, (resamples, units), generator=generator)
+    times = torch.zeros(resamples, units, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    observed = sums.sum(0) / count  # (M,)
+    noise = (times @ sums) / (times @ sizes)[:, None] - observed  # (R, M)
+    low, high = 1.0, 1.0
+    for stretch in torch.linspace(0, 3, 193, dtype=torch.float64).tolist():
+        simulated = (stretch * observed + noise).abs().sum(1)
+        if float((simulated >= ece).double().mean()) >= 0.025:
+            low = min(low, stretch)
+        if float((simulated <= ece).double().mean()) >= 0.025:
+            high = max(high, stretch)
+    return low * ece, high * ece
+
+
+class TokenStatistics:
+    """What a report needs of every token, gathered in a stream: some 30 bytes a token.
+
+    Args:
+        temperature: divides the logits: one for all tokens, or each token's own.
+    """
+
+    def __init__(self, temperature: "float | PerTokenTemperature" = 1.0) -> None:
+        self.temperature = temperature
+        self._columns: list[tuple[torch.Tensor, ...]] = []
+        self._brier = 0.0
+
+    def add(
+        self, logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None = None
+    ) -> None:
+        """Note tokens; shapes and errors as in `TemperatureScaler.fit_batches`.
+
+        Tokens without groups are groups of their own; give them for all tokens or for none.
+        """
+        for z, chosen, of_group in _pieces(logits, labels, groups):
+            self._add(z, chosen, of_group)
+
+    def _add(self, z: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None) -> None:
+        if isinstance(self.temperature, PerTokenTemperature):
+            z = z / self.temperature._of_rows(z)[:, None]
+        else:
+            z = z / self.temperature
+        log_total, mean, _ = _moments(z, 1.0)
+        nll = log_total - z.gather(1, labels[:, None])[:, 0]
+        probabilities = (z - log_total[:, None]).exp_()
+        self._brier += float((probabilities.square().sum(1) - 2 * (-nll).exp() + 1).sum())
+        if groups is None:
+            first = self.n_tokens
+            groups = torch.arange(first, first + len(z))
+        columns = (
+            (-log_total).exp().clamp(0, 1).to(torch.float32),
+            z.argmax(1) == labels,
+            nll,
+            (log_total - mean).to(torch.float32),
+            groups,
+        )
+        self._columns.append(tuple(column.cpu() for column in columns))
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(columns[0]) for columns in self._columns)
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """(N,) float64 nats of every token."""
+        return self._column(2)
+
+    @property
+    def groups(self) -> torch.Tensor:
+        """(N,) int64."""
+        return self._column(4)
+
+    def report(self, n_bins: int = 15, seed: int = 0) -> CalibrationReport:
+        """The report on what was gathered. Raises: ValueError where that is nothing."""
+        if not self._columns:
+            raise ValueError("there are no tokens to report on")
+        return calibration_report(
+            self._column(0),
+            self._column(1),
+            n_bins=n_bins,
+            groups=self.groups,
+            nll=self.nll,
+            entropy=self._column(3),
+            brier=self._brier / self.n_tokens,
+            seed=seed,
+        )
+
+    def _column(self, index: int) -> torch.Tensor:
+        return torch.cat([columns[index] for columns in self._columns])
