@@ -1,8 +1,8 @@
 """How probable the model held what it wrote: colours, a table, and what they come to.
 
-The probability of a token is the model's own, softmax of its logits at the calibration temperature,
-before any filter or reward. Their mean says how usual the model finds the text; it is no probability
-that the text is right.
+The probability of a token is the model's own: softmax of its logits at the calibration temperature,
+before any filter or reward. What they come to says how usual the model finds the text; it is no
+probability that the text is right.
 """
 
 import math

@@ -265,8 +265,7 @@ def _load(
     if reason is not None and config.engine == "native":
         raise UsageError(f"--engine native: {reason}")
     model, tokenizer = _read_model(config.model, "cpu" if reason is None else device)
-    record = getattr(model, "calibration", None) or {}
-    calibration = Calibration(model.calibration_temperature, bool(record.get("stale")))
+    calibration = Calibration(model.calibration_temperature, model.calibration_is_stale)
     if reason is None:
         return native.engine_for(model, config.threads or 0), tokenizer, calibration
     if config.kernels == "triton":
@@ -422,7 +421,7 @@ def _as_json(writer: Writer, text: Text) -> dict[str, Any]:
         known["log_z"] = math.fsum(step.log_z or 0.0 for step in drawn)
     if config.confidence:
         mean = confidence.mean_log([step.probability or 0.0 for step in drawn]) if drawn else None
-        known["mean_log_prob"] = mean
+        known["mean_log_prob"] = mean if mean is not None and math.isfinite(mean) else None
     if config.min_confidence is not None:
         known["low_confidence"] = text.low
         known["refused_prob"] = None if text.refused is None else text.refused.probability
