@@ -41,6 +41,9 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -51,7 +54,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
-NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"}
+NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
+    "reward_data"
+}
 
 
 def modules():
