@@ -345,9 +345,7 @@ class SelfAlignTrainer:
             "stopped": self.stopped,
             "unit": self._unit,
             "tilts": [asdict(one) for one in self._tilts],
-            "drawn": [
-                {**vars(one), "samples": vars(one.samples).copy()} for one in self._drawn
-            ],
+            "drawn": [{**vars(one), "samples": vars(one.samples).copy()} for one in self._drawn],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -717,6 +715,7 @@ class GPTPolicy:
         for first in range(0, n, self.config.rows_at_once):
             part = prompts[first : first + self.config.rows_at_once].to(self.device)
             options: dict[str, Any] = {"eos_token_id": end, "seed": seed, "first_row": first}
+            new: Any
             if distil_beta is None:
                 new = generate(self.model, part, self.completion_tokens, **options)
             else:
@@ -728,7 +727,6 @@ class GPTPolicy:
                     distil_beta,
                     **options,
                 )
-            assert isinstance(new, torch.Tensor)
             rows.append(F.pad(new, (0, self.row_tokens - new.shape[1]), value=end).cpu())
         return self._described(torch.cat(rows), tilted=distil_beta is not None)
 
@@ -889,10 +887,10 @@ class AlignmentReward:
     ) -> None:
         self.terms = domain_term_reward(terms)
         self.usual_nll = usual_nll
-        penalties = [(repetition_penalty_reward(3, unit="words"), 1.0)]
+        penalties: list[tuple[Any, float]] = [(repetition_penalty_reward(3, unit="words"), 1.0)]
         if longest is not None:
             penalties.append((soft_overlong_punishment(longest, max(1, longest // 8)), 1.0))
-        self.penalties = combine(penalties)
+        self.penalties: Any = combine(penalties)
 
     def accepts(self, samples: Samples) -> torch.Tensor:
         """Which samples hold a term, (n,) bool."""

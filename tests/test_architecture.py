@@ -45,6 +45,22 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
+    "text_measures": set(),
+    "self_align": MODEL
+    | {
+        "data",
+        "machine",
+        "offline_rl",
+        "records",
+        "reward_decoding",
+        "rewards",
+        "text_measures",
+        "tilt",
+        "trainer",
+    },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -58,6 +74,8 @@ ALLOWED = {
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
     "terms",
+    "reward_data",
+    "text_measures",
 }
 
 

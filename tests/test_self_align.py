@@ -129,6 +129,7 @@ def test_c1_sampled_rounds_are_within_three_standard_errors():
 
 def test_c1_earlier_samples_add_to_what_a_round_knows():
     """With as many samples again from earlier rounds, the error of the third round is smaller."""
+
     def error(forgets):
         total = 0.0
         for seed in range(40):
@@ -163,7 +164,9 @@ def test_c2_sampled_the_kept_number_is_rounded_up_and_ties_share():
     exact = RewardTilt.best(several, ones[:4], 0.5).log_factor(several).exp()
     assert exact.tolist() == pytest.approx([2, 0, 2, 0])
     equal = torch.full((7,), 0.3, dtype=torch.float64)
-    assert RewardTilt.best(equal, ones[:7], 0.2).log_factor(equal).tolist() == pytest.approx([0] * 7)
+    assert RewardTilt.best(equal, ones[:7], 0.2).log_factor(equal).tolist() == pytest.approx(
+        [0] * 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,9 +252,7 @@ def test_c6_samples_at_another_temperature_are_refused_or_weighted():
 def test_c9_training_on_the_decoders_samples_is_as_many_rounds():
     n = 10_000
     policy = Table([0.9, 0.1], exact=False)
-    distilled = trainer(
-        policy, weighting="identity", distil_beta=3.0, rounds=1, num_generations=n
-    )
+    distilled = trainer(policy, weighting="identity", distil_beta=3.0, rounds=1, num_generations=n)
     p = C1[3]
     assert path(distilled)[0] == pytest.approx(p, abs=3 * math.sqrt(p * (1 - p) / n))
 
