@@ -43,6 +43,9 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -55,6 +58,7 @@ ALLOWED = {
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
+    "reward_data",
     "terms",
 }
 
