@@ -27,6 +27,12 @@ ALLOWED = {
     "metadata": set(),
     "tilt": set(),
     "judge": set(),
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
