@@ -29,6 +29,12 @@ ALLOWED = {
     "judge": set(),
     "rewards": PURE,
     "reward_decoding": MODEL | {"rewards", "tilt"},
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -73,8 +79,8 @@ ALLOWED = {
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
-    "terms",
     "reward_data",
+    "terms",
     "text_measures",
 }
 
