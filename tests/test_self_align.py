@@ -6,12 +6,28 @@ loop does to it has closed forms. The loop is the one that aligns a GPT.
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from nanogpt.self_align import RewardTilt, Samples, SelfAlignConfig, SelfAlignTrainer
+from nanogpt.data import BatchOrder, gather
+from nanogpt.errors import InputError
+from nanogpt.model import GPT
+from nanogpt.self_align import (
+    AlignmentReward,
+    FitConfig,
+    GPTPolicy,
+    RewardTilt,
+    Samples,
+    SelfAlignConfig,
+    SelfAlignTrainer,
+    make_self_alignment,
+    split_terms,
+)
 from nanogpt.tilt import reward_weights, tilt
+from nanogpt.tokenizer import CharTokenizer
 
 TEXTS = ("plain", "rewarded")
 
@@ -392,3 +408,301 @@ def test_a_value_out_of_range_is_named(wrong):
 def test_a_reward_that_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="finite"):
         trainer(Table([0.5, 0.5]), of_text((0.0, bad))).train()
+
+
+# A GPT as the policy.
+
+WORDS = "sun moon star rain snow wind tree leaf root seed bird wing fish king crown queen".split()
+
+
+def sentences(n, seed=0):
+    rng = random.Random(seed)
+    weights = [6] * 13 + [1] * 3
+    return "".join(
+        " ".join(rng.choices(WORDS, weights, k=rng.randint(3, 6))) + ".\n" for _ in range(n)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small products do not gain from more, and lose where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A small GPT that has learnt sentences of sixteen words, three of them rare; and its text."""
+    text = sentences(3000)
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode_array(text)
+    torch.manual_seed(0)
+    model = GPT(vocab_size=tokenizer.vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=48)
+    model.tokenizer = tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    order = BatchOrder(len(ids), 48, 32, seed=0)
+    for step in range(200):
+        windows = torch.from_numpy(gather(ids, order.starts(step), 48))
+        _, loss = model(windows[:, :-1], windows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), ids
+
+
+def untrained(text="abc d. ", **shape):
+    tokenizer = CharTokenizer.from_text(text)
+    size = {"block_size": 24, "n_layer": 1, "n_head": 2, "n_embd": 16, **shape}
+    torch.manual_seed(3)
+    model = GPT(vocab_size=tokenizer.vocab_size, **size)
+    model.tokenizer = tokenizer
+    with torch.no_grad():
+        model.token_weight.mul_(20)  # far from uniform
+    return model.eval(), tokenizer.encode_array(text * 60)
+
+
+SMALL = FitConfig(prompt_tokens=6, max_completion_length=12, rows_at_once=8, epochs=1)
+
+
+def other_policy(policy):
+    """The policy with other weights than its base."""
+    moved = copy.copy(policy)
+    moved.model = copy.deepcopy(policy.base)
+    with torch.no_grad():
+        moved.model.token_weight.add_(0.1 * torch.randn_like(moved.model.token_weight))
+    return moved
+
+
+def test_a_gpts_samples_are_what_generate_writes_at_temperature_one():
+    model, ids = untrained()
+    policy = GPTPolicy(model, ids, ids[:0], SMALL)
+    samples = policy.sample(20, seed=9)
+    prompts = samples.tokens[:, :6]
+    alone = model.generate(prompts, 12, seed=9, eos_token_id=model.tokenizer.end_of_text_id)
+    torch.testing.assert_close(samples.tokens[:, : alone.shape[1]], alone)
+    text = model.tokenizer.decode(ids.tolist())
+    assert all(prompt in text for prompt in samples.prompts)
+    assert len(set(samples.prompts)) > 3
+    assert samples.temperature == 1
+    assert samples.top_k is None
+    assert samples.counts.tolist() == [1] * 20
+
+
+def test_kl_entropy_and_likelihood_along_samples_are_those_of_every_step():
+    model, ids = untrained()
+    policy = other_policy(GPTPolicy(model, ids, ids[:0], SMALL))
+    tokens = policy.sample(5, seed=1).tokens
+    end = model.tokenizer.end_of_text_id
+    tokens[0, 11:] = tokens[1, 6:] = end  # two texts end before the others, one at once
+    samples = policy._described(tokens, tilted=False)
+    for row in range(5):
+        kl = entropy = nll = 0.0
+        count = 0
+        for place in range(6, 18):
+            before = samples.tokens[row : row + 1, :place]
+            p, q = (
+                m.next_logits(before).detach().double().log_softmax(-1)[0]
+                for m in (policy.model, model)
+            )
+            kl += float((p.exp() * (p - q)).sum())
+            entropy -= float((p.exp() * p).sum())
+            nll -= float(q[samples.tokens[row, place]])
+            count += 1
+            if samples.tokens[row, place] == end:
+                break
+        assert int(samples.n_tokens[row]) == count
+        assert float(samples.kl[row]) == pytest.approx(kl, abs=1e-4)
+        assert float(samples.entropy[row]) == pytest.approx(entropy, abs=1e-4)
+        assert float(samples.base_nll[row]) == pytest.approx(nll / count, abs=1e-4)
+    assert float(samples.kl.min()) > 0.01
+    assert samples.n_tokens.tolist() == [6, 1, 12, 12, 12]
+    assert GPTPolicy(model, ids, ids[:0], SMALL).sample(5, 2).kl.tolist() == [0] * 5
+
+
+def test_texts_are_scored_without_the_words_that_their_edges_cut():
+    model, ids = untrained("gene the.")
+    policy = GPTPolicy(model, ids, ids[:0], SMALL)
+    encode, end = model.tokenizer.encode, model.tokenizer.end_of_text_id
+    rows = [
+        encode("the ge") + encode("ne gene gene"),
+        encode("the ge") + encode("ne the gene") + [end],
+        encode("the. .") + encode("gene") + [end] * 8,
+    ]
+    samples = policy._described(torch.tensor(rows), tilted=False)
+    assert samples.texts == [" gene ", " the gene", "gene"]
+    assert samples.n_tokens.tolist() == [12, 12, 5]
+    assert samples.prompts == ["the ge", "the ge", "the. ."]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_a_round_trains_on_completions_and_a_share_of_original_text(share):
+    model, ids = untrained()
+    policy = GPTPolicy(model, ids, ids[:0], SMALL)
+    samples = policy.sample(60, seed=4)
+    examples, n_windows = policy._examples(samples, share, seed=0)
+    assert len(examples) == 60 + n_windows
+    batch = examples.batch(np.arange(60))
+    counted = batch.targets != -100
+    assert not counted[:, :5].any()  # of the prompt
+    assert counted[:, 5:].sum(1).tolist() == samples.n_tokens.tolist()
+    completions = samples.tokens[:, 6:]
+    kept = torch.arange(12) < samples.n_tokens[:, None]
+    assert (batch.targets[counted] == completions[kept]).all()
+    targets = examples.counts
+    assert targets[60:].sum() / targets.sum() == pytest.approx(share, abs=0.01)
+    if share:
+        text = model.tokenizer.decode(ids.tolist())
+        windows = examples.batch(np.arange(60, len(examples)))
+        for row in windows.tokens.tolist():
+            assert model.tokenizer.decode(row) in text
+
+
+def test_every_round_begins_at_the_base():
+    model, ids = untrained()
+    before = copy.deepcopy(model.state_dict())
+    policy = GPTPolicy(model, ids, ids[:0], SMALL)
+    samples = policy.sample(32, seed=4)
+    weights = torch.ones(32, dtype=torch.float64)
+    once = policy.fit(samples, weights, 0.3, seed=1)
+    again = once.fit(samples, weights, 0.3, seed=1)
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value)
+        assert torch.equal(once.model.state_dict()[name], again.model.state_dict()[name])
+    assert not torch.equal(once.model.token_weight, model.token_weight)
+    assert once.base is model
+
+
+def test_a_sample_and_its_prompt_fit_the_context():
+    model, ids = untrained()
+    long = GPTPolicy(model, ids, ids, FitConfig(prompt_tokens=100, max_completion_length=500))
+    assert (long.prompt_tokens, long.completion_tokens) == (12, 13)
+    assert long.sample(3, 0).tokens.shape == (3, 25)
+    with pytest.raises(InputError, match="anchor text is too short: 25 tokens"):
+        GPTPolicy(model, ids[:25], ids)
+
+
+def samples_of(*texts, base_nll=1.0, lengths=None):
+    n = len(texts)
+    lengths = lengths or [max(1, len(text)) for text in texts]
+    nothing = torch.zeros(n, dtype=torch.float64)
+    return Samples(
+        texts=list(texts),
+        prompts=[""] * n,
+        n_tokens=torch.tensor(lengths),
+        counts=nothing + 1,
+        kl=nothing,
+        entropy=nothing,
+        base_nll=nothing + base_nll,
+    )
+
+
+def test_the_reward_is_terms_with_diminishing_return_less_the_penalties():
+    reward = AlignmentReward(["gene", "gene therapy", "editing"])
+    scored = samples_of(
+        "general genes", "Gene gene gene", "Gene therapy and gene editing", "no no no no no"
+    )
+    assert reward(scored).tolist() == pytest.approx([0, 0.5, 0.875, -2 / 3])
+    assert reward.accepts(scored).tolist() == [False, True, True, False]
+    dull = AlignmentReward(["gene"], usual_nll=1.2)
+    assert dull(samples_of("gene", base_nll=1.5)).tolist() == pytest.approx([0.5 - 0.3])
+    assert dull(samples_of("gene", base_nll=1.1)).tolist() == pytest.approx([0.5])
+    ending = AlignmentReward(["gene"], longest=80)
+    assert ending(samples_of("gene", "gene", lengths=[75, 80])).tolist() == pytest.approx([0, -0.5])
+
+
+def test_a_third_of_the_terms_judges():
+    terms = [f"term {i}" for i in range(10)]
+    rewarded, judging = split_terms(terms, seed=1)
+    assert (len(rewarded), len(judging)) == (7, 3)
+    assert sorted(rewarded + judging) == sorted(terms)
+    assert rewarded == [term for term in terms if term in rewarded]
+    assert split_terms(terms, seed=1) == (rewarded, judging)
+    assert any(split_terms(terms, seed=seed)[1] != judging for seed in range(2, 5))
+    assert [len(part) for part in split_terms(["a", "b", "c"])] == [2, 1]
+    assert split_terms(["a", "b"]) == (["a", "b"], [])
+    assert split_terms(["Gene", "gene ", "b"]) == (["Gene", "b"], [])
+
+
+def test_terms_that_the_vocabulary_cannot_spell_are_named(writer):
+    model, ids = writer
+    with pytest.raises(InputError, match="zebra"):
+        make_self_alignment(model, ["king", "zebra", "queen"], ids)
+    notes = []
+    make_self_alignment(model, ["king", "queen"], ids, note=notes.append)
+    assert notes == ["with fewer than three terms none is held out to judge by"]
+
+
+def short(**choices):
+    return SelfAlignConfig(**{"num_generations": 64, "rounds": 3, "seed": 5, **choices})
+
+
+def test_c12_a_gpts_rounds_repeat_and_resume(writer, tmp_path):
+    model, ids = writer
+    fit = FitConfig(prompt_tokens=8, max_completion_length=24, epochs=1)
+
+    def run():
+        config = short(kl_budget=50.0, worst_nll_increase=1.0, rounds=2)
+        return make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+
+    torch.manual_seed(0)
+    whole = run()
+    whole.train()
+    assert len(whole.rounds) == 3
+    torch.manual_seed(1)
+    begun = run()
+    begun.step()
+    begun.step()
+    torch.save(begun.state(), tmp_path / "state.pt")
+    resumed = run()
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert without_time(resumed.train()) == without_time(whole.rounds)
+    assert torch.equal(resumed.policy.model.token_weight, whole.policy.model.token_weight)
+    assert resumed.stopped == whole.stopped
+
+
+def test_the_decoder_writes_what_the_base_hardly_does_and_the_policy_learns_it(writer):
+    """Distilled rounds: unweighted training on samples of the reward-augmented decoder."""
+    model, ids = writer
+    fit = FitConfig(
+        prompt_tokens=8, max_completion_length=24, epochs=4, batch_size=8, learning_rate=2e-3
+    )
+    config = short(
+        num_generations=192, rounds=1, distil_beta=12.0, weighting="identity", kl_budget=50.0,
+        worst_nll_increase=1.0,
+    )  # fmt: skip
+    aligning = make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+    written = aligning.policy.sample(192, seed=1, distil_beta=12.0)
+    assert written.tilted
+    assert float(aligning.reward.accepts(written).double().mean()) > 0.3
+    base, aligned = aligning.train()
+    assert math.isnan(aligned["kl_predicted"])
+    spread = math.hypot(aligned["terms_per_text_se"], base["terms_per_text_se"])
+    assert aligned["terms_per_text"] > base["terms_per_text"] + 3 * spread
+
+
+def test_without_any_original_text_a_round_needs_none(writer):
+    model, ids = writer
+    policy = GPTPolicy(model, ids, ids[:0], SMALL)
+    assert policy.general_nll() is None
+    assert policy.usual_nll() == math.inf
+
+    def reward(samples):
+        return torch.tensor([text.count("s") for text in samples.texts])
+
+    aligning = SelfAlignTrainer(policy, reward, short(rounds=1, kl_budget=9.0))
+    aligning.train()
+    assert aligning.rounds[1]["val_loss_change"] is None
+    assert aligning.rounds[1]["kept"]
+
+
+def test_without_original_text_the_base_writes_it(writer):
+    model, _ = writer
+    fit = FitConfig(prompt_tokens=8, max_completion_length=32, epochs=1)
+    config = short(rounds=1)
+    aligning = make_self_alignment(model, ["king", "crown", "queen"], None, config, fit)
+    assert model.tokenizer.end_of_text_id in aligning.policy.anchor
+    aligning.train()
+    assert len(aligning.rounds) == 2
+    assert aligning.rounds[1]["val_loss"] is not None
