@@ -412,15 +412,15 @@ def test_a_reward_that_is_not_finite_is_refused(bad):
 
 # A GPT as the policy.
 
-WORDS = "sun moon star rain snow wind tree leaf root seed bird wing fish king crown queen".split()
+COMMON = ("sun", "moon", "star", "rain", "snow", "wind", "tree", "leaf", "root", "seed", "bird")
+RARE = ("king", "crown", "queen")
 
 
 def sentences(n, seed=0):
     rng = random.Random(seed)
-    weights = [6] * 13 + [1] * 3
-    return "".join(
-        " ".join(rng.choices(WORDS, weights, k=rng.randint(3, 6))) + ".\n" for _ in range(n)
-    )
+    weights = [6] * len(COMMON) + [1] * len(RARE)
+    words = [rng.choices(COMMON + RARE, weights, k=rng.randint(3, 6)) for _ in range(n)]
+    return "".join(" ".join(sentence) + ".\n" for sentence in words)
 
 
 @pytest.fixture(autouse=True)
@@ -434,7 +434,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def writer():
-    """A small GPT that has learnt sentences of sixteen words, three of them rare; and its text."""
+    """A small GPT that has learnt sentences of fourteen words, three of them rare; and its text."""
     text = sentences(3000)
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode_array(text)
@@ -644,7 +644,7 @@ def test_c12_a_gpts_rounds_repeat_and_resume(writer, tmp_path):
 
     def run():
         config = short(kl_budget=50.0, worst_nll_increase=1.0, rounds=2)
-        return make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+        return make_self_alignment(model, RARE, ids, config, fit)
 
     torch.manual_seed(0)
     whole = run()
@@ -672,7 +672,7 @@ def test_the_decoder_writes_what_the_base_hardly_does_and_the_policy_learns_it(w
         num_generations=192, rounds=1, distil_beta=12.0, weighting="identity", kl_budget=50.0,
         worst_nll_increase=1.0,
     )  # fmt: skip
-    aligning = make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+    aligning = make_self_alignment(model, RARE, ids, config, fit)
     written = aligning.policy.sample(192, seed=1, distil_beta=12.0)
     assert written.tilted
     assert float(aligning.reward.accepts(written).double().mean()) > 0.3
@@ -701,7 +701,7 @@ def test_without_original_text_the_base_writes_it(writer):
     model, _ = writer
     fit = FitConfig(prompt_tokens=8, max_completion_length=32, epochs=1)
     config = short(rounds=1)
-    aligning = make_self_alignment(model, ["king", "crown", "queen"], None, config, fit)
+    aligning = make_self_alignment(model, RARE, None, config, fit)
     assert model.tokenizer.end_of_text_id in aligning.policy.anchor
     aligning.train()
     assert len(aligning.rounds) == 2
