@@ -139,26 +139,32 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     from nanogpt.offline_rl import RewardWeightedTrainer
 
-    flags = ["--epochs", "4", "--batch-size", "16", "--dropout", "0.1"]
+    flags = ["--epochs", "4", "--batch-size", "16", "--dropout", "0.1", "--plain-epochs", "2"]
     whole = offline(nanogpt, reward_file, *flags, "--output", "a.pth", "--run-dir", "a")
     assert whole.code == 0
     step = RewardWeightedTrainer.step
 
+    taken = 0
+
     def interrupted(self):
+        nonlocal taken
+        taken += 1
         done = step(self)
-        if done.step == 10:
+        # Once among the plain steps, and once among the weighted ones.
+        if taken in (5, 20):
             os.kill(os.getpid(), signal.SIGTERM)
         return done
 
     monkeypatch.setattr(RewardWeightedTrainer, "step", interrupted)
-    cut = offline(nanogpt, reward_file, *flags, "--output", "b.pth", "--run-dir", "b")
-    assert cut.code == 143
-    assert "goes on from here" in cut.err
-    assert not (tmp_path / "b.pth").exists()
-    monkeypatch.setattr(RewardWeightedTrainer, "step", step)
-    rest = offline(nanogpt, reward_file, *flags, "--output", "b.pth", "--run-dir", "b")
-    assert rest.code == 0
-    assert "going on from step 10" in rest.err
+    for told in ("base: going on from step 5", "weighted: going on from step 6", ""):
+        cut = offline(nanogpt, reward_file, *flags, "--output", "b.pth", "--run-dir", "b")
+        if not told:
+            break
+        assert cut.code == 143
+        assert "goes on from here" in cut.err
+        assert not (tmp_path / "b.pth").exists()
+    assert cut.code == 0
+    assert "weighted: going on from step 6" in cut.err
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
@@ -215,8 +221,8 @@ def test_a_bad_reward_file_is_refused_by_line(nanogpt, tmp_path, content, messag
         (["--target-ess", "5", "--target-kl", "1"], 2, "exclude each other"),
         (["--target-ess", "5000"], 2, "--target-ess"),
         (["--target-kl", "50"], 2, "--target-kl"),
-        (["--objective", "dpo"], 2, "needs --init"),
-        (["--kl-coef", "0.1"], 2, "needs --init"),
+        (["--objective", "dpo", "--plain-epochs", "0"], 2, "needs --init"),
+        (["--kl-coef", "0.1", "--plain-epochs", "0"], 2, "needs --init"),
         (["--align-terms", "a,b"], 2, "either --offline-data"),
         (["--max-weight", "0.5"], 2, "--max-weight must be at least 1"),
         (["--init", "nowhere.pth"], 3, "there is no model file nowhere.pth"),
