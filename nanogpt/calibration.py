@@ -22,8 +22,9 @@ Batches = Callable[[], Iterable[Batch]]
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 FEW_TOKENS = 1000
-# Float64 numbers of logits that are worked on at once: 2 MiB, which stay in a core's cache.
-_CHUNK_NUMBERS = 2**18
+# Float64 numbers of logits that are worked on at once: 2 MiB, which stay in a core's cache; on a
+# GPU as many as keep it busy.
+_CHUNK_NUMBERS, _CHUNK_NUMBERS_GPU = 2**18, 2**24
 # Odd, so that beta = 1, in the middle of a symmetric range of log beta, is one of them.
 _GRID_POINTS = 13
 _MOST_PASSES = 60
@@ -87,7 +88,7 @@ class TemperatureScaler:
                 f"the mask must be {tuple(labels.shape)} of bool, not {tuple(mask.shape)} of "
                 f"{str(mask.dtype).removeprefix('torch.')}"
             )
-        rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+        rows = _chunk_rows(logits)
 
         def counted() -> Iterator[Batch]:
             for first in range(0, len(logits), rows):
@@ -204,12 +205,13 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
     count, any_groups = 0, False
     for z, labels, groups in _row_chunks(batches):
         of_label = z.gather(1, labels[:, None])[:, 0]  # (n,)
-        slopes = torch.empty(len(z), len(betas), dtype=torch.float64, device=z.device)
+        slopes = z.new_empty(len(z), len(betas))
+        sums = sums.to(z.device)  # where they stay, so that nothing waits for them
         for index, beta in enumerate(betas):
             log_total, mean, variance = _moments(z, beta)
             slopes[:, index] = mean - of_label
             nll = (log_total - beta * of_label).sum()
-            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()]).cpu()
+            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()])
         count += len(z)
         if groups is not None:
             any_groups = True
@@ -256,7 +258,7 @@ def _pieces(
     labels = labels.to(logits.device, torch.int64)
     if groups is not None:
         groups = groups.to(logits.device, torch.int64)
-    rows, vocabulary = max(1, _CHUNK_NUMBERS // logits.shape[1]), logits.shape[1]
+    rows, vocabulary = _chunk_rows(logits), logits.shape[1]
     for first in range(0, len(logits), rows):
         part = slice(first, first + rows)
         chosen = labels[part]
@@ -274,6 +276,11 @@ def _pieces(
                 "the logits hold NaN or infinity (only -inf is allowed, and not of a label)"
             )
         yield z - top, chosen, None if groups is None else groups[part]
+
+
+def _chunk_rows(logits: torch.Tensor) -> int:
+    numbers = _CHUNK_NUMBERS if logits.device.type == "cpu" else _CHUNK_NUMBERS_GPU
+    return max(1, numbers // logits.shape[1])
 
 
 def _check_shapes(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None) -> None:

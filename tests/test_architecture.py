@@ -26,6 +26,7 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "calibration": set(),
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -44,6 +45,7 @@ ALLOWED = {
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
     "sample": FILES | {"cli", "_C"},
+    "calibrate": FILES | {"calibration", "interruption", "cli"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint"},
