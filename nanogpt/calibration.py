@@ -204,11 +204,12 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
     grouped = _GroupSums(len(betas))
     count, any_groups = 0, False
     for z, labels, groups in _row_chunks(batches):
+        finite = _without_infinity(z)
         of_label = z.gather(1, labels[:, None])[:, 0]  # (n,)
         slopes = z.new_empty(len(z), len(betas))
         sums = sums.to(z.device)  # where they stay, so that nothing waits for them
         for index, beta in enumerate(betas):
-            log_total, mean, variance = _moments(z, beta)
+            log_total, mean, variance = _moments(z, finite, beta)
             slopes[:, index] = mean - of_label
             nll = (log_total - beta * of_label).sum()
             sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()])
@@ -227,20 +228,22 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
 
 
 def _moments(
-    z: torch.Tensor, beta: float | torch.Tensor
+    z: torch.Tensor, finite: torch.Tensor, beta: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n,).
 
-    The rows of z have their maximum at 0, so that the largest probability stands there: the
+    `finite` is z with 0 for -inf, which has no probability and counts nothing. The rows of z have their maximum at 0, so that the largest probability stands there: the
     variance is at least mean^2 / V, and the difference below loses no more than a factor V.
     """
     weights = (z * beta).exp_()
     total = weights.sum(1)
-    # What has no probability counts nothing: 0 times -inf is not a number.
-    z = z.masked_fill(z == -math.inf, 0.0)
-    mean = torch.linalg.vecdot(weights, z) / total
-    second = torch.linalg.vecdot(weights.mul_(z), z) / total
+    mean = torch.linalg.vecdot(weights, finite) / total
+    second = torch.linalg.vecdot(weights.mul_(finite), finite) / total
     return total.log(), mean, (second - mean.square()).clamp_min(0)
+
+
+def _without_infinity(z: torch.Tensor) -> torch.Tensor:
+    return z.masked_fill(z == -math.inf, 0.0)
 
 
 def _row_chunks(batches: Batches) -> Iterator[Batch]:
@@ -468,7 +471,7 @@ class PerTokenTemperature:
         margin = torch.zeros_like(mean)
         if z.shape[1] > 1:
             margin = -z.topk(2, dim=1).values[:, 1].clamp_min(-1e3)
-        log_total, mean_z, _ = _moments(z, 1 / self.temperature)
+        log_total, mean_z, _ = _moments(z, finite, 1 / self.temperature)
         entropy = log_total - mean_z / self.temperature
         log_spread = 0.5 * spread.clamp_min(1e-12).log()
         return torch.stack([torch.ones_like(mean), log_spread, margin, entropy], 1)
@@ -486,12 +489,12 @@ class PerTokenTemperature:
         hessian = torch.zeros(len(candidates), 4, 4, dtype=torch.float64)
         count = 0
         for z, labels, _ in _row_chunks(batches):
-            features = self._features(z)
+            features, finite = self._features(z), _without_infinity(z)
             of_label = z.gather(1, labels[:, None])[:, 0]
             count += len(z)
             for index, weights in enumerate(candidates):
                 beta = (-self._log_temperatures(features, weights.to(z.device))).exp()
-                log_total, mean, variance = _moments(z, beta[:, None])
+                log_total, mean, variance = _moments(z, finite, beta[:, None])
                 nll[index] += (log_total - beta * of_label).sum().cpu()
                 # d beta / d w = -beta phi, and its derivative beta phi phi^T.
                 slope = (mean - of_label) * beta
@@ -898,7 +901,7 @@ class TokenStatistics:
             z = z / self.temperature._of_rows(z)[:, None]
         else:
             z = z / self.temperature
-        log_total, mean, _ = _moments(z, 1.0)
+        log_total, mean, _ = _moments(z, _without_infinity(z), 1.0)
         nll = log_total - z.gather(1, labels[:, None])[:, 0]
         probabilities = (z - log_total[:, None]).exp_()
         self._brier += float((probabilities.square().sum(1) - 2 * (-nll).exp() + 1).sum())
@@ -906,7 +909,7 @@ class TokenStatistics:
             first = self.n_tokens
             groups = torch.arange(first, first + len(z))
         columns = (
-            (-log_total).exp().clamp(0, 1).to(torch.float32),
+            (-log_total).exp().clamp(0, 1),  # in float32 all above 1 - 3e-8 would be equal
             z.argmax(1) == labels,
             nll,
             (log_total - mean).to(torch.float32),
