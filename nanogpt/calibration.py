@@ -232,8 +232,9 @@ def _moments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n,).
 
-    `finite` is z with 0 for -inf, which has no probability and counts nothing. The rows of z have their maximum at 0, so that the largest probability stands there: the
-    variance is at least mean^2 / V, and the difference below loses no more than a factor V.
+    `finite` is z with 0 for -inf, which has no probability and counts nothing. The rows of z have
+    their maximum at 0, so that the largest probability stands there: the variance is at least
+    mean^2 / V, and the difference below loses no more than a factor V.
     """
     weights = (z * beta).exp_()
     total = weights.sum(1)

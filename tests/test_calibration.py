@@ -18,6 +18,15 @@ from nanogpt.calibration import (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Numbers as few as these are summed sooner by one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _few_tokens_are_no_news():
     """Most cases here are of a handful of tokens; what warns of it has a test of its own."""
