@@ -27,10 +27,13 @@ ALLOWED = {
     "metadata": set(),
     "tilt": set(),
     "calibration": set(),
+    "judge": set(),
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
-    "native": {"_C", "model"},
+    "native": {"_C", "model", "tokenizer"},
+    "terms": {"errors"},
+    "confidence": set(),
     "baselines": set(),
     "report": set(),
     "data": {"errors", "tokenizer"},
@@ -44,15 +47,18 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "_C"},
     "calibrate": FILES | {"calibration", "interruption", "cli"},
+    "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
-NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"}
+NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
+    "confidence",
+    "terms",
+}
 
 
 def modules():

@@ -64,7 +64,7 @@ class Chart:
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
             f'aria-label="{html.escape(self.title)}">',
             f"<title>{html.escape(self.title)}</title>",
-            *self._grid(x_axis, y_axis),
+            *self.grid(x_axis, y_axis),
         ]
         for name, value in self.levels:
             y = y_axis.place(value)
@@ -92,7 +92,8 @@ class Chart:
         parts += self._marked(x_axis, y_axis)
         return "\n".join([*parts, "</svg>"])
 
-    def _grid(self, x_axis: "_Axis", y_axis: "_Axis") -> list[str]:
+    def grid(self, x_axis: "_Axis", y_axis: "_Axis") -> list[str]:
+        """Lines, ticks and labels of both axes."""
         bottom, parts = _HEIGHT - _BOTTOM, []
         for value in y_axis.ticks:
             y = y_axis.place(value)
@@ -204,3 +205,117 @@ def _robust_high(values: list[float]) -> float:
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Means with their intervals, one a line, on a common axis.
+
+    Attributes:
+        rows: (name, mean, low, high).
+        levels: vertical dashed lines, (name, x).
+    """
+
+    title: str
+    x_label: str
+    rows: Sequence[tuple[str, float, float, float]]
+    levels: Sequence[tuple[str, float]] = field(default_factory=tuple)
+
+    def svg(self) -> str:
+        """The chart as an <svg> element; an empty string without rows."""
+        rows = [row for row in self.rows if _finite(row[1:])]
+        if not rows:
+            return ""
+        left, top, pitch = 150, 26, 34
+        bottom = top + pitch * len(rows)
+        ends = [x for row in rows for x in row[1:]] + [x for _, x in self.levels]
+        axis = _Axis.fit(min(ends), max(ends), left, _WIDTH - _RIGHT, widen=True)
+        parts = [
+            f'<svg viewBox="0 0 {_WIDTH} {bottom + _BOTTOM}" role="img" '
+            f'aria-label="{html.escape(self.title)}">',
+            f"<title>{html.escape(self.title)}</title>",
+        ]
+        for value in axis.ticks:
+            x = axis.place(value)
+            parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+            parts.append(
+                f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{axis.label(value)}</text>'
+            )
+        for name, value in self.levels:
+            x = axis.place(value)
+            parts.append(f'<line class="level" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+            parts.append(
+                f'<text class="level" x="{x}" y="{top - 8}" text-anchor="middle">'
+                f"{html.escape(name)}</text>"
+            )
+        for index, (name, mean, low, high) in enumerate(rows):
+            y = top + pitch * (index + 0.5)
+            start, at, end = axis.place(low), axis.place(mean), axis.place(high)
+            parts.append(
+                f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>'
+            )
+            parts.append(f'<line class="val" x1="{start}" x2="{end}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<circle class="val" cx="{at}" cy="{y}" r="4"/>')
+        parts.append(
+            f'<text class="axis" x="{(left + _WIDTH - _RIGHT) / 2}" y="{bottom + 38}" '
+            f'text-anchor="middle">{html.escape(self.x_label)}</text>'
+        )
+        return "\n".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in bins.
+
+    Attributes:
+        bins: (low edge, high edge, count), in order.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    bins: Sequence[tuple[float, float, int]]
+
+    @classmethod
+    def of(
+        cls, title: str, x_label: str, y_label: str, values: Sequence[float], n_bins: int = 24
+    ) -> "Histogram":
+        """Bins of equal width over the values that are finite."""
+        kept = [value for value in values if math.isfinite(value)]
+        if not kept:
+            return cls(title, x_label, y_label, ())
+        low, high = min(kept), max(kept)
+        if high == low:
+            low, high = low - 0.5, high + 0.5
+        width = (high - low) / n_bins
+        counts = [0] * n_bins
+        for value in kept:
+            counts[min(n_bins - 1, int((value - low) / width))] += 1
+        edges = [(low + i * width, low + (i + 1) * width) for i in range(n_bins)]
+        bins = [(*edge, count) for edge, count in zip(edges, counts, strict=True)]
+        return cls(title, x_label, y_label, bins)
+
+    def svg(self) -> str:
+        """The chart as an <svg> element; an empty string without bins."""
+        if not self.bins:
+            return ""
+        frame = Chart(self.title, self.x_label, self.y_label, ())
+        x_axis = _Axis.fit(self.bins[0][0], self.bins[-1][1], _LEFT, _WIDTH - _RIGHT)
+        largest = max(count for *_, count in self.bins)
+        y_axis = _Axis.fit(0.0, largest, _HEIGHT - _BOTTOM, _TOP, widen=True)
+        parts = [
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+            f'aria-label="{html.escape(self.title)}">',
+            f"<title>{html.escape(self.title)}</title>",
+            *frame.grid(x_axis, y_axis),
+        ]
+        for low, high, count in self.bins:
+            left, right = x_axis.place(low), x_axis.place(high)
+            y = y_axis.place(count)
+            if count:
+                parts.append(
+                    f'<rect class="bar" x="{left + 0.5:.1f}" y="{y:.1f}" '
+                    f'width="{max(1.0, right - left - 1):.1f}" '
+                    f'height="{_HEIGHT - _BOTTOM - y:.1f}"/>'
+                )
+        return "\n".join([*parts, "</svg>"])

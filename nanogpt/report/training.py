@@ -91,7 +91,7 @@ def _figures(run: TrainingReport) -> list[tuple[str, str]]:
     rates = [row["tokens_per_second"] for row in run.metrics if row.get("tokens_per_second")]
     if rates:
         figures.append((_short(sorted(rates)[len(rates) // 2]), "tokens a second, median"))
-    figures.append((_duration(run.seconds), "time"))
+    figures.append((duration(run.seconds), "time"))
     return figures
 
 
@@ -164,13 +164,14 @@ def _tables(run: TrainingReport) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Versions", run.versions),
     )
     return [
-        (heading, [(name.replace("_", " "), _shown(value)) for name, value in values.items()])
+        (heading, [(name.replace("_", " "), shown(value)) for name, value in values.items()])
         for heading, values in parts
         if values
     ]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a table, for reading."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -189,7 +190,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     if not math.isfinite(seconds):
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
