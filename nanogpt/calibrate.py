@@ -212,7 +212,7 @@ def run(config: CalibrateConfig) -> int:
         if config.report is not None:
             _write_page(Path(config.report), render_calibration_report(page))
     if config.json:
-        print(json.dumps(content))
+        print(json.dumps(content, allow_nan=False))
         return 0
     _print(config, page, output)
     return 0
@@ -335,11 +335,11 @@ def _page(
     config: CalibrateConfig, corpus: Corpus, outcome: Outcome, content: dict[str, Any]
 ) -> CalibrationPage:
     scaler = outcome.scaler
-    halves = "windows drawn from both halves of every pair" if outcome.held_out else "all windows"
+    halves = "one window of every two" if outcome.held_out else "all windows"
     facts = {
         "model": config.model,
         "text": f"{corpus.name}, {corpus.n_tokens:,} tokens, {corpus.n_bytes:,} bytes",
-        "fitted to": f"{scaler.n_tokens_:,} tokens, {halves} (seed {config.seed})",
+        "fitted to": f"{scaler.n_tokens_:,} tokens, {halves}, drawn with seed {config.seed}",
         "passes over them": str(scaler.passes_),
         "NLL there, nats a token": f"{scaler.nll_before_:.4f}, now {scaler.nll_after_:.4f}",
         "judged on": f"{outcome.before.n_tokens:,} tokens"

@@ -136,8 +136,8 @@ class TemperatureScaler:
                 self.passes_ += 1
                 left, right = _bracket([left, *points, right])
                 found = min((found, *points), key=_newton_step)
-        if at_one.nll <= found.nll and self.bound_ is None:
-            found = at_one
+        if at_one.nll < found.nll:  # by rounding, where T is 1 but for its last digits
+            self.bound_, found = None, at_one
         self.temperature_ = 1.0 / found.beta
         self.temperature_se_ = math.inf if self.bound_ else _standard_error(found)
         self.nll_before_, self.nll_after_ = at_one.nll / count, found.nll / count
@@ -674,8 +674,8 @@ def _finite(value: Any) -> Any:
 def calibration_report(
     confidence: torch.Tensor,
     correct: torch.Tensor,
-    *,
     n_bins: int = 15,
+    *,
     groups: torch.Tensor | None = None,
     nll: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,

@@ -13,6 +13,7 @@ from nanogpt import GPT, checkpoint, load
 from nanogpt.calibrate import evaluating, fit_model, split_windows, windows_of
 from nanogpt.calibration import PerTokenTemperature, TemperatureScaler, calibration_report
 from nanogpt.metadata import tensor_digest
+from nanogpt.report.calibration import CalibrationPage, render_calibration_report
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.trainer import evaluate
 
@@ -281,18 +282,69 @@ def test_tokens_that_stand_for_no_bytes_have_no_bits_a_byte(nanogpt, tmp_path):
     assert result["after"]["bits_per_byte"] == pytest.approx(bits)
 
 
+def page_of(confidence, correct, **changes):
+    """The page of a calibration that changed nothing."""
+    content = {**calibration_report(confidence, correct).as_dict(), "nll": 1.5, "entropy": 1.0}
+    fields = {
+        "title": "gpt.pth on held",
+        "temperature": 2.0,
+        "standard_error": 0.1,
+        "held_out": True,
+        "before": {**content, "entropy_gap": -0.5},
+        "after": {**content, "entropy_gap": 0.0},
+        "bits_per_nat": 1.44,
+        "difference": {"mean": -0.1, "interval": [-0.2, -0.05]},
+    }
+    return render_calibration_report(CalibrationPage(**{**fields, **changes}))
+
+
+def test_a_page_says_which_way_the_model_was_wrong_and_whether_noise_is_left():
+    sure, right = torch.full((400,), 0.9), torch.arange(400) % 10 < 9
+    assert "right within noise before" in page_of(sure, right)
+    assert "noise alone would show" in page_of(sure, right)
+    over = page_of(sure, torch.arange(400) % 10 < 5)
+    assert "over-confident" in over
+    assert "right 50.0% of the time, with a probability of 90.0%" in over
+    assert "more than noise would show" in over
+    assert "under-confident" in page_of(1 - sure, right)
+    assert "the fit has seen" in page_of(sure, right, held_out=False)
+
+
+def test_a_page_of_odd_numbers_and_hostile_names_is_a_page():
+    bad = "</h1><script>alert(1)</script>"
+    page = page_of(
+        torch.ones(3), torch.ones(3), title=bad, notes=[bad], facts={bad: bad},
+        standard_error=None, bits_per_nat=None, difference={"mean": 0.0, "interval": None},
+    )  # fmt: skip
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 5
+    assert "—" in page  # no AUROC where all is right
+    assert page_of(torch.ones(3), torch.ones(3)) == page_of(torch.ones(3), torch.ones(3))
+
+
 # Stale calibrations.
 
 
-def test_further_training_marks_the_calibration_stale(nanogpt, calibrate, text_path, tmp_path):
+def test_further_training_marks_the_calibration_stale(
+    nanogpt, calibrate, text_path, tmp_path, monkeypatch
+):
     calibrate("--output", tmp_path / "warm.pth")
     record = load(tmp_path / "warm.pth")[0].calibration
+    seen, save = [], checkpoint.save
+
+    def noting(model, path):
+        seen.append((model.calibration_temperature, model.calibration_is_stale))
+        save(model, path)
+
+    monkeypatch.setattr(checkpoint, "save", noting)
     outcome = nanogpt(
         "train", "--text", text_path, "--init", tmp_path / "warm.pth", "--max-steps", 2,
         "--batch-size", 4, "--output", tmp_path / "on.safetensors", "--run-dir", tmp_path / "run",
         "--sample-tokens", 0, "--no-tensorboard",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
+    assert seen  # from the first checkpoint on, not only in the file
+    assert set(seen) == {(None, True)}
     model, _ = load(tmp_path / "on.safetensors")
     assert model.calibration_temperature is None
     assert model.calibration_is_stale

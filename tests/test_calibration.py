@@ -160,6 +160,15 @@ def test_d6_a_model_that_is_right_stays_as_it_is():
         assert scaler.nll_after_ <= scaler.nll_before_
 
 
+def test_d6_a_temperature_so_near_to_one_that_rounding_decides_is_no_worse():
+    for seed in range(60):
+        logits, labels = random_case(50, 4, 2.0, seed)
+        found = TemperatureScaler().fit(logits, labels).temperature_
+        scaler = TemperatureScaler().fit(logits / (found * (1 + 1e-9)), labels)
+        assert scaler.temperature_ == pytest.approx(1, abs=2e-9)
+        assert scaler.nll_after_ <= scaler.nll_before_
+
+
 def test_d7_only_right_tokens_end_at_the_lower_bound():
     for height in (3.0, 80.0):  # at 80 every probability but one underflows at beta 20
         logits, labels = one_logit(50, 4, height, right=50)
@@ -649,6 +658,38 @@ def test_d15_a_head_is_kept_where_tokens_differ_and_only_there():
     assert large / small == pytest.approx(3, rel=0.2)
     _, change = judged(lambda count, seed: random_case(count, 8, 2.0, seed))
     assert not change.is_worth_it
+
+
+def test_the_fit_of_a_head_is_the_optimum_that_autograd_finds():
+    logits, labels = two_kinds(1500, 0)
+    head = PerTokenTemperature(2.0).fit_batches(in_batches(logits, labels))
+    assert head.passes_ <= 8
+    top = logits.topk(2, dim=1).values
+    q = (logits / 2.0).softmax(1)
+    features = torch.stack(
+        [
+            torch.ones(1500, dtype=torch.float64),
+            logits.std(1, correction=0).log(),
+            top[:, 0] - top[:, 1],
+            torch.special.entr(q).sum(1),
+        ],
+        1,
+    )
+    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12,
+        tolerance_change=1e-14,
+    )  # fmt: skip
+
+    def loss():
+        optimizer.zero_grad()
+        temperatures = 2.0 * (features @ weights).exp()
+        value = torch.nn.functional.cross_entropy(logits / temperatures[:, None], labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert head.weights_ == pytest.approx(weights.tolist(), abs=1e-4)
 
 
 def test_the_fit_of_a_head_never_raises_the_nll():

@@ -74,7 +74,7 @@ def comparison(page: CalibrationPage) -> list[tuple[str, str, str]]:
         row("its mean probability", "confidence"),
         row("ECE, 15 bins" if len(page.after["bins"]) == 15 else "ECE", "ece"),
         row("  of a perfect model, by noise alone", "ece_floor"),
-        ("  95 % without the noise", interval(page.before), interval(page.after)),
+        ("  95 % for what is not noise", interval(page.before), interval(page.after)),
         row("ECE, bins of equal counts", "adaptive_ece"),
         row("largest gap of a bin (MCE)", "mce"),
         row("Brier score of the likeliest token", "brier_top"),
@@ -86,8 +86,8 @@ def comparison(page: CalibrationPage) -> list[tuple[str, str, str]]:
 
 def _verdict(page: CalibrationPage) -> str:
     """One sentence: what was wrong with the probabilities, and what is left of it."""
-    gap = page.before["entropy_gap"]
-    way = "over-confident" if gap < 0 else "under-confident"
+    over = page.before["confidence"] > page.before["accuracy"]
+    way = "over-confident" if over else "under-confident"
     if page.before["is_consistent"] and page.after["is_consistent"]:
         found = "The model's probabilities were right within noise before"
     else:
