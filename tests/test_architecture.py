@@ -26,6 +26,7 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "calibration": set(),
     "judge": set(),
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
@@ -55,6 +56,7 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
