@@ -30,7 +30,9 @@ ALLOWED = {
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
-    "native": {"_C", "model"},
+    "native": {"_C", "model", "tokenizer"},
+    "terms": {"errors"},
+    "confidence": set(),
     "baselines": set(),
     "report": set(),
     "data": {"errors", "tokenizer"},
@@ -47,7 +49,7 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "_C"},
+    "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint"},
@@ -55,7 +57,9 @@ ALLOWED = {
     "export": FILES | {"cli"},
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
-    "reward_data"
+    "confidence",
+    "reward_data",
+    "terms",
 }
 
 
