@@ -28,13 +28,15 @@ ALLOWED = {
     "tilt": set(),
     "calibration": set(),
     "judge": set(),
+    "rewards": PURE,
+    "reward_decoding": MODEL | {"rewards", "tilt"},
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
     | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
     | {"reporter", "reward_data", "run_directory", "tilt"},
     "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
     "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
-    "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
+    "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
     "native": {"_C", "model", "tokenizer"},
@@ -53,6 +55,19 @@ ALLOWED = {
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
+    "text_measures": set(),
+    "self_align": MODEL
+    | {
+        "data",
+        "machine",
+        "offline_rl",
+        "records",
+        "reward_decoding",
+        "rewards",
+        "text_measures",
+        "tilt",
+        "trainer",
+    },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -60,7 +75,7 @@ ALLOWED = {
     "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
-    "__init__": MODEL | {"checkpoint"},
+    "__init__": MODEL | {"checkpoint", "rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
@@ -68,6 +83,7 @@ NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progre
     "confidence",
     "reward_data",
     "terms",
+    "text_measures",
 }
 
 
