@@ -239,7 +239,7 @@ def test_a_term_may_be_written_in_other_letters(tokenizers):
 def written_in_python(model, prompt, new, *, filters, reward, beta, reward_top_k=None, seed=5):
     """Torch's logits, Python's filters and draw, and a tilt written out: ids, and details of each.
 
-    The details are the reward, log Z and KL over the ids that the filters left, in float64.
+    The details are the reward, log Z and KL over the ids that are drawn from, in float64.
     """
     text, details = list(prompt), []
     noise = GumbelNoise(seed, model.config.vocab_size, 1)
@@ -250,9 +250,9 @@ def written_in_python(model, prompt, new, *, filters, reward, beta, reward_top_k
         with torch.no_grad():
             kept = filters.apply(model.next_logits(window), seen)[0].clone()
         rewards = torch.from_numpy(reward.candidates())
-        p = kept.softmax(-1)
         if reward_top_k is not None and beta != 0:
             kept[kept.argsort(descending=True, stable=True)[reward_top_k:]] = -math.inf
+        p = kept.softmax(-1)
         tilted = kept + beta * rewards
         shifted = tilted + (noise.at(end)[0] if filters.temperature > 0 else 0.0)
         token = int(shifted.argmax())
