@@ -27,7 +27,9 @@ ALLOWED = {
     "metadata": set(),
     "tilt": set(),
     "judge": set(),
-    "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
+    "rewards": PURE,
+    "reward_decoding": MODEL | {"rewards", "tilt"},
+    "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
     "native": {"_C", "model", "tokenizer"},
@@ -49,7 +51,7 @@ ALLOWED = {
     "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
-    "__init__": MODEL | {"checkpoint"},
+    "__init__": MODEL | {"checkpoint", "rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
