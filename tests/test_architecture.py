@@ -27,7 +27,7 @@ ALLOWED = {
     "metadata": set(),
     "tilt": set(),
     "judge": set(),
-    "rewards": PURE,
+    "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "decoding": {"cache", "model", "native", "tokenizer"},
@@ -48,7 +48,7 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "confidence", "terms", "_C"},
+    "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint", "rewards"},
