@@ -30,6 +30,12 @@ ALLOWED = {
     "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
     "native": {"_C", "model", "tokenizer"},
@@ -45,6 +51,9 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -57,6 +66,7 @@ ALLOWED = {
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
+    "reward_data",
     "terms",
 }
 
