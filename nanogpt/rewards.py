@@ -548,8 +548,6 @@ class _TermAutomaton:
         for raw in self.pieces:
             text, _ = _decode(b"", raw)
             self.texts.append(_fold(text))
-        single_bytes = {raw for raw in self.pieces if len(raw) == 1}
-        self._all_bytes = len(single_bytes) == 256
         self._characters = set("".join(self.texts))
         # By first character: tokens, and a representative that leads nowhere for the rest.
         self.starting_with: dict[str, list[int]] = {}
@@ -578,8 +576,22 @@ class _TermAutomaton:
         self._most_kept = max(8, min(_MOST_KEPT, 2**22 // len(self.pieces)))
 
     def writes(self, character: str) -> bool:
-        """Whether some token holds a character that folds to this one."""
-        return self._all_bytes or character in self._characters
+        """Whether tokens can write a character that folds to this one, whole or byte by byte."""
+        if character in self._characters:
+            return True
+        forms = {character, character.upper(), character.swapcase()}
+        return any(self._spells(form.encode()) for form in forms if len(form) == 1)
+
+    def _spells(self, raw: bytes) -> bool:
+        """Whether the end of a token, then whole tokens, then the beginning of one make `raw`."""
+        size = len(raw)
+        reached = {i for i in range(1, size) if any(p.endswith(raw[:i]) for p in self.pieces)}
+        for i in range(1, size):
+            if i in reached:
+                if any(p.startswith(raw[i:]) for p in self.pieces):
+                    return True
+                reached |= {j for j in range(i + 1, size) if raw[i:j] in self.pieces}
+        return False
 
     def walk(self, state: int, text: str, found: list[int]) -> int:
         for character in text:
