@@ -49,15 +49,15 @@ def _check_flags(config: AdvancedConfig) -> None:
     if config.align_terms is not None and config.init is None:
         raise UsageError("--align-terms needs --init MODEL: there must be a model to align")
     if config.objective != "weighted":
-        if config.init is None:
+        if config.init is None and config.plain_epochs == 0:
             raise UsageError(
-                f"--objective {config.objective} needs --init MODEL: it is measured against the "
-                f"model that it starts from"
+                f"--objective {config.objective} needs --init MODEL or --plain-epochs: it is "
+                f"measured against the model that it starts from"
             )
         if config.compare:
             raise UsageError("--compare compares weighted training: use --objective weighted")
-    if config.kl_coef and config.init is None:
-        raise UsageError("--kl-coef needs --init MODEL: the model to stay close to")
+    if config.kl_coef and config.init is None and config.plain_epochs == 0:
+        raise UsageError("--kl-coef needs --init MODEL or --plain-epochs: a model to stay close to")
 
 
 def _say(message: str) -> None:

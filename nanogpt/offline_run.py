@@ -64,12 +64,12 @@ from nanogpt.tokenizer import (
 
 Say = Callable[[str], None]
 Machine = tuple[torch.device, torch.dtype, dict[str, str]]
-PLAIN, WEIGHTED, BEST = "plain", "weighted", "best fifth"
+BASE, PLAIN, WEIGHTED, BEST = "base", "plain", "weighted", "best fifth"
 _BEST_PART = 0.2
 _FEW_RECORDS = 40
 _SMALL_ESS = 0.1
-# Training from a model moves it gently; preferences more gently still.
-_OF_INITIAL, _OF_PREFERENCES = 1 / 4, 1 / 40
+# Training a model that already writes moves it gently; preferences more gently still.
+_OF_TRAINED, _OF_PREFERENCES = 1 / 4, 1 / 40
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class OfflinePlan:
         held_out: validates every epoch and picks the best one; may be empty.
         judged: the other half of the file, with --compare; else empty.
         findings: about the file.
-        settings: of each model by its name; the first one is written to --output.
+        settings: of each model by its name, in the order of training. The base, where there is one,
+            is what the others begin with.
     """
 
     config: AdvancedConfig
@@ -158,6 +159,12 @@ def _make_plan(
             )
         ours, theirs = split_records(records, 0.5, config.seed)
         learnt, judged = _chosen(records, ours), _chosen(records, theirs)
+        for half in (learnt, judged):
+            if len({record.reward for record in half}) < 2:
+                raise InputError(
+                    f"{config.offline_data}: half of the records have one reward only, so "
+                    f"--compare cannot tell better from worse: it needs more different rewards"
+                )
     train, held = split_records(learnt, config.val_fraction, config.seed)
     plan = OfflinePlan(
         config=config,
@@ -188,11 +195,13 @@ def _chosen(records: Sequence[RewardRecord], rows: np.ndarray) -> list[RewardRec
 def _settings(
     config: AdvancedConfig, shape: GPTConfig, n: int, comparing: bool
 ) -> dict[str, RewardWeightedConfig]:
-    rate = config.learning_rate
-    if rate is None:
-        share = 1.0 if config.init is None else _OF_INITIAL
-        share = share if config.objective == "weighted" else _OF_PREFERENCES
-        rate = default_learning_rate(shape.n_embd) * share
+    plain_epochs = config.plain_epochs
+    if plain_epochs is None:
+        plain_epochs = 0 if config.init else config.epochs
+    usual = config.learning_rate or default_learning_rate(shape.n_embd)
+    share = _OF_TRAINED if config.init or plain_epochs else 1.0
+    if config.objective != "weighted":
+        share = _OF_PREFERENCES
     ess = config.target_ess
     weighted = RewardWeightedConfig(
         beta=config.beta or (1.0 if config.objective == "weighted" else 0.1),
@@ -203,7 +212,7 @@ def _settings(
         scale_rewards=config.scale_rewards,
         max_weight=config.max_weight,
         kl_coef=config.kl_coef,
-        learning_rate=rate,
+        learning_rate=config.learning_rate or usual * share,
         warmup_steps=config.warmup_steps,
         num_train_epochs=config.epochs,
         batch_size=config.batch_size,
@@ -213,14 +222,17 @@ def _settings(
         grad_clip=config.grad_clip,
         seed=config.seed,
     )
-    if not comparing:
-        return {WEIGHTED: weighted}
     free = replace(weighted, target_ess=None, target_kl=None)
-    return {
-        WEIGHTED: weighted,
-        PLAIN: replace(free, weighting="identity"),
-        BEST: replace(free, weighting="topk", top_fraction=_BEST_PART),
-    }
+    plain = replace(free, weighting="identity")
+    found = {}
+    if plain_epochs:
+        rate = usual * (_OF_TRAINED if config.init and not config.learning_rate else 1.0)
+        found[BASE] = replace(plain, kl_coef=0.0, num_train_epochs=plain_epochs, learning_rate=rate)
+    found[WEIGHTED] = weighted
+    if comparing:
+        found[PLAIN] = plain
+        found[BEST] = replace(free, weighting="topk", top_fraction=_BEST_PART)
+    return found
 
 
 def weigh(
@@ -261,15 +273,18 @@ class _Run:
                 if name == WEIGHTED:
                     model, state, received = self._train(name, folder)
                     summary = self._summary(state, folder)
-                else:
+                else:  # with a directory of its own below
                     below = self.path / name.replace(" ", "-")
                     with RunDirectory(below, warn=self.say) as own:
                         model, state, received = self._train(name, own)
                 if received is not None:
-                    self._write_report(folder, "interrupted", [])
+                    if folder.read_identity() is not None:
+                        self._write_report(folder, "interrupted", [])
                     self.say("saved; the same command goes on from here")
                     return self._end(summary | {"status": "interrupted"}, received)
                 models[name] = model
+                if name == BASE:
+                    self.initial = model
                 if name == WEIGHTED and not (summary["already"] and self.output.exists()):
                     checkpoint.write_output(model, self.output)
                     self.say(f"wrote {self.output}: the best model, of epoch {state['best_epoch']}")
@@ -360,10 +375,10 @@ class _Run:
         options: dict[str, Any] = {"dtype": plan.dtype}
         if plan.held_out:
             options["eval_examples"] = self._examples(plan.held_out)
-        if self.initial is not None:
+        if self.initial is not None and name != BASE:
             reference = copy.deepcopy(self.initial).to(plan.device).eval()
             options["reference"] = reference.requires_grad_(False)
-        if plan.config.objective == "weighted":
+        if plan.config.objective == "weighted" or name == BASE:
             if plan.held_out:
                 options["eval_weights"] = weigh(settings, plan.held_out)[0]
             weights = weigh(settings, plan.records)[0]
@@ -537,7 +552,7 @@ class _Training:
 
     def _judge(self, epoch: EpochMetrics, rate: float, bar: TrainingProgress) -> None:
         """Note the epoch's figures, and whether this is the best model so far."""
-        weighted = self.run.plan.config.objective == "weighted"
+        weighted = self.run.plan.config.objective == "weighted" or self.name == BASE
         val_loss = (epoch.val_nll_weighted if weighted else epoch.val_loss).mean
         is_best = self.best_val_loss is None or val_loss < self.best_val_loss
         if is_best or not math.isfinite(val_loss):
@@ -563,7 +578,7 @@ class _Training:
             (val_loss, "held out {:.4f}"),
             (epoch.val_accuracy.mean, "{:.1%} the right way"),
             (epoch.val_nll.mean, "{:.4f} nats a token unweighted"),
-            (epoch.kl_ref.mean, "KL to --init {:.4f} nats a token"),
+            (epoch.kl_ref.mean, "KL to the start {:.4f} nats a token"),
         ):
             if math.isfinite(value):
                 shown.append(text.format(value))

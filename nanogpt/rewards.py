@@ -22,12 +22,16 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nanogpt import native
 from nanogpt.errors import InputError
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt import _C
 
 TextReward = Callable[..., Sequence[float]]
 
@@ -404,6 +408,7 @@ class TermReward(Reward):
         self.terms = list(terms)
         self.tokenizer = tokenizer
         self.__name__ = "term_reward"
+        self.compiled: _C.Reward | None = None
         if not self.terms:
             raise ValueError("there are no terms to reward")
         self._automaton = _TermAutomaton([_checked_term(t) for t in self.terms], tokenizer)
@@ -427,7 +432,7 @@ class TermReward(Reward):
         return torch.tensor(worth, dtype=torch.float32, device=tokens.device)
 
     def begin(self, prompt: torch.Tensor) -> RewardState:
-        first = _compiled_term_row(self) or _TermRow(self._automaton)
+        first: _TokenRow = _compiled_term_row(self) or _TermRow(self._automaton)
         return _RowStates([first.copy() for _ in range(len(prompt))], prompt.device)
 
 
@@ -478,8 +483,39 @@ class _TokenRow(Protocol):
     def copy(self) -> "_TokenRow": ...
 
 
-def _compiled_term_row(reward: TermReward) -> _TokenRow | None:
-    """A row of the compiled engine, or None where there is none."""
+def _compiled_term_row(reward: TermReward) -> "_C.Reward | None":
+    """A row of the compiled engine at the start of a text, to be copied; None where it is not.
+
+    It is made once: reading a large vocabulary takes longer than writing.
+    """
+    if not native.available():
+        return None
+    if reward.compiled is None:
+        reward.compiled = native.term_reward(reward.terms, reward.tokenizer)
+    return reward.compiled
+
+
+def compiled(reward: Reward, vocab_size: int) -> "_C.Reward | None":
+    """The reward as the compiled engine has it, at the start of a text.
+
+    Those of the last token alone, of terms, and weighted sums of such; None for all others, for
+    values that are no numbers, and where there is no engine.
+    """
+    if not native.available():
+        return None
+    if reward.kind == "last token":
+        values = reward.token_rewards(vocab_size)
+        if not bool((values < math.inf).all()):  # NaN too
+            return None
+        return native.token_reward(values.tolist())
+    if isinstance(reward, TermReward):
+        return _compiled_term_row(reward)
+    if isinstance(reward, CombinedReward):
+        # A part of weight 0 is left out: 0 times -inf is no number.
+        parts = [(compiled(part, vocab_size), w) for part, w in reward.parts if w]
+        known = [(part, weight) for part, weight in parts if part is not None]
+        if known and len(known) == len(parts):
+            return native.sum_reward(known)
     return None
 
 

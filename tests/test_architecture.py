@@ -26,16 +26,17 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "calibration": set(),
     "judge": set(),
-    "rewards": PURE,
+    "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
+    "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
     | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
     | {"reporter", "reward_data", "run_directory", "tilt"},
     "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
     "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
-    "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
     "native": {"_C", "model", "tokenizer"},
@@ -70,7 +71,8 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "confidence", "terms", "_C"},
+    "calibrate": FILES | {"calibration", "interruption", "cli"},
+    "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint", "rewards"},
