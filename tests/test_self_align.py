@@ -706,3 +706,64 @@ def test_without_original_text_the_base_writes_it(writer):
     aligning.train()
     assert len(aligning.rounds) == 2
     assert aligning.rounds[1]["val_loss"] is not None
+
+
+DOMAIN = (
+    "king", "queen", "crown", "throne", "war", "sword", "blood", "battle", "soldier", "prince",
+    "army", "royal", "fight", "enemy", "arms", "duke", "noble", "death",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_c10_on_shakespeare_terms_double_and_the_controls_do_not_move(data_folder):
+    """Held-out terms, general text and variety stay; a minute of training on one core before."""
+    text = (data_folder / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode_array(text)
+    order = BatchOrder(int(0.9 * len(ids)), 64, 32, seed=0)
+    model = GPT(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=4, n_embd=96)
+    model.tokenizer = tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
+    steps = 1200
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        windows = torch.from_numpy(gather(ids, order.starts(step), 64))
+        _, loss = model(windows[:, :-1], windows[:, 1:], return_logits=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def align(rounds, change=None):
+        config = SelfAlignConfig(num_generations=512, rounds=rounds, seed=1)
+        aligning = make_self_alignment(model, DOMAIN, ids, config, FitConfig(prompt_tokens=8))
+        if change is not None:
+            aligning.reward = change(aligning.reward)
+        aligning.train()
+        kept = [metrics for metrics in aligning.rounds if metrics["kept"]]
+        return kept[0], kept[-1]
+
+    def moved(base, last, name="term_rate"):
+        """In standard errors of the difference."""
+        return (last[name] - base[name]) / math.hypot(base[f"{name}_se"], last[f"{name}_se"])
+
+    base, last = align(3)
+    assert last["term_rate"] >= 2 * base["term_rate"]
+    assert moved(base, last, "heldout_term_rate") > -3
+    assert last["val_loss_change"] <= 0.02
+    assert last["distinct_2"] >= 0.8 * base["distinct_2"]
+    assert last["duplicate_rate"] <= 0.05
+    assert last["longest_copied_characters"] < 57  # no sample is a copy
+    # The prediction is of an exact fit; a small model comes close to it.
+    assert 0.4 * last["kl_predicted"] < last["kl"] < 2 * last["kl_predicted"]
+
+    def shuffled(reward):
+        order = torch.Generator().manual_seed(5)
+        return lambda samples: reward(samples)[torch.randperm(len(samples), generator=order)]
+
+    base, last = align(2, shuffled)
+    assert last["round"] == 2
+    assert abs(moved(base, last)) < 3
+    with pytest.warns(RuntimeWarning, match="nothing can be learnt"):
+        base, last = align(2, lambda reward: lambda samples: torch.zeros(len(samples)))
+    assert last["round"] == 0
