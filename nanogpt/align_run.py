@@ -271,8 +271,8 @@ class _Run:
 
     def _write_report(self, trainer: SelfAlignTrainer, kept: int, model: GPT) -> Path:
         shape = model.config
-        samples = trainer._drawn[kept].samples.texts
-        base = trainer._drawn[0].samples.texts
+        samples = trainer.written(kept)
+        base = trainer.written(0)
         texts = [(f"Round {kept}", text) for text in samples[:_REPORTED_TEXTS]]
         if kept:
             texts += [("The base", text) for text in base[:_REPORTED_TEXTS]]

@@ -61,8 +61,10 @@ class Table:
             rows = torch.multinomial(q, n, replacement=True, generator=draw)
             counts = (self.p / q)[rows] if self.weighted else torch.ones(n, dtype=torch.float64)
         log_ratio = self.p.log() - self.p0.log()
+        texts = [TEXTS[i] for i in rows.tolist()]
         return Samples(
-            texts=[TEXTS[i] if len(q) == 2 else str(i) for i in rows.tolist()],
+            written=texts,
+            texts=texts,
             prompts=[""] * len(rows),
             n_tokens=torch.ones(len(rows), dtype=torch.int64),
             counts=counts,
@@ -532,6 +534,7 @@ def test_texts_are_scored_without_the_words_that_their_edges_cut():
     ]
     samples = policy._described(torch.tensor(rows), tilted=False)
     assert samples.texts == [" gene ", " the gene", "gene"]
+    assert samples.written == ["ne gene gene", "ne the gene", "gene"]
     assert samples.n_tokens.tolist() == [12, 12, 5]
     assert samples.prompts == ["the ge", "the ge", "the. ."]
 
@@ -588,6 +591,7 @@ def samples_of(*texts, base_nll=1.0, lengths=None):
     lengths = lengths or [max(1, len(text)) for text in texts]
     nothing = torch.zeros(n, dtype=torch.float64)
     return Samples(
+        written=list(texts),
         texts=list(texts),
         prompts=[""] * n,
         n_tokens=torch.tensor(lengths),
