@@ -963,21 +963,20 @@ class TextMeasures:
         return measured
 
 
-def split_terms(
-    terms: Sequence[str], fraction: float = 1 / 3, seed: int = 0
-) -> tuple[list[str], list[str]]:
-    """Terms to reward and terms that only judge, each in the order given.
+def split_terms(terms: Sequence[str], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Terms to reward and a third that only judges, each in the order given.
 
-    Of three or more at least one judges; of fewer none. Terms that are equal but for case count
+    Of three terms or more at least one judges, of fewer none. Terms that differ in case alone count
     once.
     """
-    different = list({term.casefold().strip(): term.strip() for term in reversed(terms)}.values())
-    different.reverse()
+    different: dict[str, str] = {}
+    for term in terms:
+        different.setdefault(term.strip().casefold(), term.strip())
     n = len(different)
-    held = max(1, round(fraction * n)) if n >= 3 and fraction > 0 else 0
-    chosen = set(np.random.default_rng((seed, n)).permutation(n)[: min(held, n - 1)].tolist())
-    rewarded = [term for i, term in enumerate(different) if i not in chosen]
-    return rewarded, [term for i, term in enumerate(different) if i in chosen]
+    count = max(1, round(n / 3)) if n >= 3 else 0
+    held = set(np.random.default_rng(seed).permutation(n)[:count].tolist())
+    rewarded = [term for i, term in enumerate(different.values()) if i not in held]
+    return rewarded, [term for i, term in enumerate(different.values()) if i in held]
 
 
 def make_self_alignment(
@@ -1010,7 +1009,7 @@ def make_self_alignment(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("self-alignment needs the model's tokenizer")
-    rewarded, judging = split_terms(terms, seed=config.seed)
+    rewarded, judging = split_terms(terms, config.seed)
     for term in rewarded + judging:
         term_reward_fn([term], tokenizer)
     if not judging and note is not None:
