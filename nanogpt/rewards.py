@@ -44,6 +44,10 @@ class UnwritableError(InputError, ValueError):
         super().__init__(message)
 
 
+class RewardError(ValueError):
+    """A reward that gave what cannot be used, or does not fit, in words."""
+
+
 class RewardState(ABC):
     """A reward on its way through B texts that are being written.
 
@@ -161,8 +165,8 @@ class TokenReward(Reward):
     def token_rewards(self, vocab_size: int) -> torch.Tensor:
         highest = max(self.rewards, default=-1)
         if highest >= vocab_size or self.vocab_size not in (None, vocab_size):
-            raise ValueError(
-                f"{self.__name__} was made for {self.vocab_size or highest + 1} tokens or more, "
+            raise RewardError(
+                f"it was made for {self.vocab_size or highest + 1} tokens or more, "
                 f"and the model has {vocab_size}"
             )
         vector = torch.zeros(vocab_size, dtype=torch.float64)
@@ -709,7 +713,9 @@ class _PrefixState(RewardState):
         values = self.reward.values(texts, self.prompt_length, owners)
         values = values.to(ids.device, torch.float64).view(rows, k)
         self._asked = (ids, values)
-        return values - self.value[:, None]
+        # What follows a forbidden prefix has its own value: -inf - -inf is no number.
+        before = self.value.masked_fill(self.value == -math.inf, 0.0)
+        return values - before[:, None]
 
     def advance(self, tokens: torch.Tensor) -> None:
         if self._asked is None or not bool((self._asked[0] == tokens[:, None]).any(1).all()):
@@ -745,7 +751,7 @@ class IdsReward(_PrefixReward):
     ) -> torch.Tensor:
         values = torch.as_tensor(self.function(texts))
         if values.shape != (len(texts),):
-            raise ValueError(
+            raise RewardError(
                 f"it gave shape {tuple(values.shape)} for {len(texts)} texts, not ({len(texts)},)"
             )
         return values.detach().to(torch.float64)
@@ -797,7 +803,7 @@ class TextFunctionReward(_PrefixReward):
     def begin(self, prompt: torch.Tensor) -> RewardState:
         for name, column in {"prompts": self.prompts, **self.columns}.items():
             if column is not None and len(column) != len(prompt):
-                raise ValueError(f"{self.__name__}: {len(column)} {name} for {len(prompt)} rows")
+                raise RewardError(f"it has {len(column)} {name} for {len(prompt)} rows")
         return super().begin(prompt)
 
     def values(
@@ -860,11 +866,11 @@ def _numbers(values: Any, count: int) -> torch.Tensor:
     elif isinstance(values, Sequence):
         odd = next((v for v in values if isinstance(v, str) or not hasattr(v, "__float__")), None)
         if odd is not None or None in values:
-            raise ValueError(f"it gave {odd!r} among its rewards, which is no number")
+            raise RewardError(f"it gave {odd!r} among its rewards, which is no number")
         values = torch.tensor([float(v) for v in values], dtype=torch.float64)
     values = torch.as_tensor(values)
     if values.shape != (count,):
-        raise ValueError(f"it gave shape {tuple(values.shape)} for {count} texts, not ({count},)")
+        raise RewardError(f"it gave shape {tuple(values.shape)} for {count} texts, not ({count},)")
     return values.to(torch.float64)
 
 
@@ -1167,7 +1173,7 @@ class CombinedTextReward(_TextRewardFunction):
             try:
                 total += weight * _numbers(values, count)
             except ValueError as error:
-                raise ValueError(f"the reward {name_of(reward)!r}: {error}") from None
+                raise RewardError(f"the reward {name_of(reward)!r}: {error}") from None
         return total.tolist()
 
 
