@@ -11,6 +11,8 @@ __version__: str
 class TokenStream(Iterator[tuple[int, float | None]]):
     def __iter__(self) -> TokenStream: ...
     def __next__(self) -> tuple[int, float | None]: ...
+    @property
+    def details(self) -> tuple[float, float, float] | None: ...
 
 class Tokenizer:
     @staticmethod
@@ -69,6 +71,10 @@ class Engine:
         row: int = 0,
         eos: int | None = None,
         probabilities: bool = False,
+        reward: Reward | NDArray[np.float64] | None = None,
+        beta: float = 1.0,
+        reward_top_k: int | None = None,
+        details: bool = False,
     ) -> TokenStream: ...
     def generate(
         self,
@@ -84,6 +90,9 @@ class Engine:
         row: int = 0,
         eos: int | None = None,
         probabilities: bool = False,
+        reward: Reward | NDArray[np.float64] | None = None,
+        beta: float = 1.0,
+        reward_top_k: int | None = None,
     ) -> tuple[list[int], list[float]]: ...
 
 class Utf8Stream:
@@ -97,6 +106,25 @@ class StopText:
     def flush(self) -> str: ...
     @property
     def found(self) -> bool: ...
+
+class Reward:
+    def candidates(self) -> NDArray[np.float64]: ...
+    def advance(self, id: int) -> None: ...
+    def copy(self) -> Reward: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+class TokenReward(Reward):
+    def __init__(self, values: Sequence[float] | NDArray[np.float64]) -> None: ...
+
+class CharReward(Reward):
+    def __init__(self, tokenizer: Tokenizer, characters: str) -> None: ...
+
+class TermReward(Reward):
+    def __init__(self, tokenizer: Tokenizer, terms: Sequence[str]) -> None: ...
+
+class SumReward(Reward):
+    def __init__(self, parts: Sequence[tuple[Reward, float]]) -> None: ...
 
 class Sampler:
     def __init__(

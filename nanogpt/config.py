@@ -426,13 +426,21 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
     )
 
     epochs: int = option(3, "passes over the records", group="training", minimum=1)
+    plain_epochs: int | None = option(
+        None,
+        "passes before those in which every record counts the same; --compare shares them",
+        group="training",
+        minimum=0,
+        auto="as many as --epochs from scratch, 0 with --init",
+    )
     batch_size: int = option(64, "sequences in an optimizer step", group="training", minimum=1)
     learning_rate: float | None = option(
         None,
         "peak learning rate",
         group="training",
         above=0,
-        auto="by the model's width as in train; a quarter of that with --init; 1e-5 in dpo and kto",
+        auto="by the model's width as in train; a quarter of that after --init or --plain-epochs, "
+        "a fortieth in dpo and kto",
     )
     output: str = option(
         "gpt_aligned.pth",
@@ -492,6 +500,62 @@ class SampleConfig:
     )
     seed: int | None = option(
         None, "same seed, same text", group="sampling", minimum=0, below=2**64, auto="a new one"
+    )
+
+    reward_chars: str | None = option(
+        None,
+        "reward tokens that end in one of these characters",
+        group="rewards",
+        auto="no reward",
+        metavar="CHARS",
+    )
+    reward_terms: str | None = option(
+        None,
+        "reward progress through these terms: a,b,c or a file of lines",
+        group="rewards",
+        auto="no reward",
+        metavar="TERMS",
+    )
+    beta: float | None = option(
+        None,
+        "multiplies the reward that is added to the log-probabilities",
+        group="rewards",
+        auto="1.0",
+    )
+    reward_top_k: int | None = option(
+        None,
+        "with a reward, draw from so many of the likeliest tokens",
+        group="rewards",
+        minimum=1,
+        auto="all",
+    )
+    num_particles: int = option(
+        1,
+        "texts carried along for one whose whole reward counts (sequential Monte Carlo, in torch)",
+        group="rewards",
+        minimum=1,
+    )
+
+    confidence: bool = option(
+        False,
+        "show how probable the model held each token: in colours on a terminal, else in a table on "
+        "standard error",
+        group="confidence",
+    )
+    min_confidence: float | None = option(
+        None,
+        "the least probability of a token that is written",
+        group="confidence",
+        above=0,
+        maximum=1,
+        auto="no limit",
+    )
+    low_confidence: str | None = option(
+        None,
+        "at a less probable one, end the text before it, or write it in ⟦ ⟧ and go on",
+        group="confidence",
+        choices=("stop", "mark"),
+        auto="stop",
     )
 
     engine: str = option(

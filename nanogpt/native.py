@@ -6,11 +6,13 @@ slower. Nothing here imports it before it is asked for.
 
 import functools
 import importlib
+import json
 import os
 import shutil
 import sysconfig
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,10 @@ import torch
 from nanogpt import __version__
 
 if TYPE_CHECKING:
+    from nanogpt import _C
     from nanogpt._C import Engine
     from nanogpt.model import GPT
+    from nanogpt.tokenizer import Tokenizer
 
 PROGRAM = "nanogpt-generate"
 PLUGIN = "nanogpt_torchscript.so"
@@ -136,8 +140,42 @@ def open_file(path: str | os.PathLike[str], threads: int = 0) -> "Engine":
     return engine
 
 
+def tokenizer_for(tokenizer: "Tokenizer") -> "_C.Tokenizer":
+    """The compiled tokenizer of the same vocabulary; needs `available()`. One is kept for each."""
+    kept = _tokenizers.get(tokenizer)
+    if kept is None:
+        kept = _load()[0].Tokenizer.from_json(json.dumps(tokenizer.to_dict()))
+        _tokenizers[tokenizer] = kept
+    return kept
+
+
+def char_reward(characters: str, tokenizer: "Tokenizer") -> "_C.Reward":
+    """1 for an id whose last whole character is one of these, else 0; needs `available()`.
+
+    Raises: InputError for a character with which no id ends.
+    """
+    made: _C.Reward = _load()[0].CharReward(tokenizer_for(tokenizer), characters)
+    return made
+
+
+def term_reward(terms: Sequence[str], tokenizer: "Tokenizer") -> "_C.Reward":
+    """Progress through distinct terms, from the start of a text; needs `available()`.
+
+    Raises: InputError for an empty term and for one that the vocabulary cannot write.
+    """
+    made: _C.Reward = _load()[0].TermReward(tokenizer_for(tokenizer), list(terms))
+    return made
+
+
+def sum_reward(parts: "Sequence[tuple[_C.Reward, float]]") -> "_C.Reward":
+    """The sum of (reward, weight), of copies from where they stand; needs `available()`."""
+    made: _C.Reward = _load()[0].SumReward(list(parts))
+    return made
+
+
 _engines: "weakref.WeakKeyDictionary[GPT, tuple[tuple[Any, ...], Engine]]"
 _engines = weakref.WeakKeyDictionary()
+_tokenizers: "weakref.WeakKeyDictionary[Tokenizer, _C.Tokenizer]" = weakref.WeakKeyDictionary()
 _turns: "weakref.WeakKeyDictionary[GPT, threading.RLock]" = weakref.WeakKeyDictionary()
 
 

@@ -10,21 +10,32 @@ from typing import Any
 
 import torch
 
-from nanogpt import metadata
+from nanogpt import machine, metadata
 from nanogpt.config import (
     PRESETS,
+    AdvancedConfig,
     GPTConfig,
+    MachineFlags,
+    RunFlags,
     TrainConfig,
+    VocabularyFlags,
     as_plain_dict,
     default_learning_rate,
     shape_from_flags,
 )
 from nanogpt.data import BatchOrder, Corpus
-from nanogpt.errors import InputError, UsageError
+from nanogpt.errors import InputError, NanoGPTError, UsageError
+from nanogpt.kernels.choice import Workload, choose
 from nanogpt.model import GPT
+from nanogpt.run_directory import Checkpoint, RunDirectory
+from nanogpt.tokenizer import Tokenizer
 
 _LARGEST_MICRO_BATCH_TOKENS = 65_536
 _IDENTITY_VERSION = 1
+# Tokens of the micro-batch on which the implementations are compared.
+_MEASURED_TOKENS = 8_192
+
+AnyRun = TrainConfig | AdvancedConfig
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,8 @@ class Plan:
     choices: dict[str, str]
 
     def learning_rate(self, step: int) -> float:
-        """Linear warmup, then a cosine to min_lr at the last step."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / (self.warmup_steps + 1)
-        last = max(1, self.total_steps - 1 - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / last)
-        return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+        """Of a step; see `scheduled_rate`."""
+        return scheduled_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr)
 
     def bits_per_byte(self, nats_per_target: float) -> float:
         """A loss per token as bits per raw byte of text, which tokenizers cannot change."""
@@ -124,7 +131,7 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return min([*limits, *([] if config.max_steps is None else [config.max_steps])])
 
 
-def check_against_initial(config: TrainConfig, initial: GPT | None) -> None:
+def check_against_initial(config: AnyRun, initial: GPT | None) -> None:
     """Flags that contradict the model of --init.
 
     Raises: UsageError naming the first one; InputError for a model without a tokenizer.
@@ -150,23 +157,32 @@ def check_against_initial(config: TrainConfig, initial: GPT | None) -> None:
             raise UsageError(f"--{flag} {value}: the model of --init has {theirs}")
 
 
-def make_identity(config: TrainConfig, corpus: Corpus, initial: GPT | None) -> dict[str, Any]:
-    """What makes two runs the same: flags, text, tokenizer and starting weights."""
+def make_identity(
+    config: Any,
+    content_sha256: str,
+    tokenizer: Tokenizer,
+    initial: GPT | None,
+    without: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """What makes two runs the same: flags, text, tokenizer and starting weights.
+
+    Args:
+        without: flags that name files, whose content counts instead of their paths.
+    """
     flags = as_plain_dict(config)
-    # The paths of text and --init do not matter; what the files hold does.
     own = {
         entry.name: flags[entry.name]
         for entry in fields(config)
-        if entry.metadata["identity"] and entry.name not in ("text", "init")
+        if entry.metadata["identity"] and entry.name not in (*without, "init")
     }
     start = None
     if initial is not None:
         start = metadata.tensor_digest(dict(initial.named_parameters()))
-    tokenizer = metadata.canonical_json(corpus.tokenizer.to_dict())
+    description = metadata.canonical_json(tokenizer.to_dict())
     return {
         **own,
-        "text (SHA-256)": corpus.content_sha256,
-        "tokenizer (SHA-256)": hashlib.sha256(tokenizer).hexdigest(),
+        "text (SHA-256)": content_sha256,
+        "tokenizer (SHA-256)": hashlib.sha256(description).hexdigest(),
         "init weights (SHA-256)": start,
         "version": _IDENTITY_VERSION,
     }
@@ -175,10 +191,11 @@ def make_identity(config: TrainConfig, corpus: Corpus, initial: GPT | None) -> d
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The first entry in which two identities differ, in words, or None."""
     missing = object()
+    known = {**TrainConfig.__dataclass_fields__, **AdvancedConfig.__dataclass_fields__}
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         there, here = theirs.get(name, missing), ours.get(name, missing)
         if there != here:
-            if name not in TrainConfig.__dataclass_fields__:
+            if name not in known:
                 return f"its {name.removesuffix(' (SHA-256)')} differs"
             there_text = "not set" if there is missing or there is None else there
             here_text = "not set" if here is missing or here is None else here
@@ -186,9 +203,7 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None
     return None
 
 
-def run_path(
-    config: TrainConfig, corpus: Corpus, shape: GPTConfig, identity: dict[str, Any]
-) -> Path:
+def run_path(config: RunFlags, name: str, shape: GPTConfig, identity: dict[str, Any]) -> Path:
     """Where the run lives: --resume PATH, --run-dir, or a name from what identifies it.
 
     Raises: InputError where --resume names no run directory.
@@ -201,10 +216,85 @@ def run_path(
     if config.run_dir is not None:
         return Path(config.run_dir)
     digest = hashlib.sha256(metadata.canonical_json(identity)).hexdigest()
-    return Path("runs") / f"{corpus.name}-{shape.n_layer}x{shape.n_embd}-{digest[:10]}"
+    return Path("runs") / f"{name}-{shape.n_layer}x{shape.n_embd}-{digest[:10]}"
 
 
-def bpe_vocab_size(config: TrainConfig, note: Callable[[str], None]) -> int | None:
+def find_start(
+    config: RunFlags, folder: RunDirectory, identity: dict[str, Any]
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to begin.
+
+    Raises: UsageError where the directory holds another configuration's run.
+    """
+    try:
+        found = folder.read_identity()
+    except NanoGPTError:
+        if config.resume != "never":
+            raise
+        return None
+    if found is None:
+        return None
+    difference = first_difference(found["identity"], identity)
+    if difference:
+        raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
+    return None if config.resume == "never" else folder.newest()
+
+
+def choose_kernels(
+    impl: str,
+    shape: GPTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    begun: RunDirectory | None,
+) -> tuple[dict[str, str], str]:
+    """The implementation of each fused operation, as the run began or measured now, and why.
+
+    Args:
+        batch: sequences computed at once.
+        begun: the directory of a run that goes on.
+    Raises: UsageError where the named implementation cannot run these shapes.
+    """
+    earlier = (begun.read_identity() or {}).get("kernels") if begun else None
+    work = Workload(
+        batch=min(batch, max(1, _MEASURED_TOKENS // shape.block_size)),
+        positions=shape.block_size,
+        heads=shape.n_head,
+        head_width=shape.n_embd // shape.n_head,
+        vocabulary=shape.vocab_size,
+        dtype=dtype,
+    )
+    try:
+        return choose(impl, device, work, earlier)
+    except RuntimeError as error:
+        if impl == "auto":
+            raise
+        raise UsageError(f"--kernels {impl}: {error}; use auto") from None
+
+
+def machine_choices(config: MachineFlags) -> tuple[torch.device, torch.dtype, dict[str, str]]:
+    """Device, precision, and what was picked for the machine, in words; --threads is applied."""
+    device = machine.resolve_device(config.device)
+    dtype, why = machine.resolve_dtype(config.dtype, device)
+    choices = {
+        "device": str(device),
+        "dtype": f"{str(dtype).removeprefix('torch.')} ({why})",
+        "kernels": machine.check_kernels(config.kernels, device),
+        "threads": machine.set_threads(config.threads),
+    }
+    return device, dtype, choices
+
+
+def scheduled_rate(step: int, total: int, warmup: int, peak: float, least: float) -> float:
+    """The learning rate of a step: linear warmup, then a cosine to `least` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    last = max(1, total - 1 - warmup)
+    progress = min(1.0, (step - warmup) / last)
+    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * progress))
+
+
+def bpe_vocab_size(config: VocabularyFlags, note: Callable[[str], None]) -> int | None:
     """--vocab-size for a bpe tokenizer; a note that it is ignored for the others."""
     if config.tokenizer == "bpe":
         return config.vocab_size or 4096

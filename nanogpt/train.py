@@ -30,15 +30,16 @@ from nanogpt import checkpoint, machine
 from nanogpt.config import TrainConfig, shape_from_flags
 from nanogpt.data import Corpus, gather, prepare
 from nanogpt.decoding import generate
-from nanogpt.errors import NanoGPTError, UsageError
+from nanogpt.errors import NanoGPTError
 from nanogpt.interruption import EXIT_CODES, signals_noted, terminable
-from nanogpt.kernels.choice import Workload, choose
 from nanogpt.model import GPT
 from nanogpt.plan import (
     Plan,
     bpe_vocab_size,
     check_against_initial,
-    first_difference,
+    choose_kernels,
+    find_start,
+    machine_choices,
     make_identity,
     make_plan,
     run_path,
@@ -56,8 +57,6 @@ from nanogpt.trainer import (
 )
 
 _DIVERGED_AFTER = 100
-# Tokens of the micro-batch on which the implementations are compared.
-_MEASURED_TOKENS = 8_192
 
 
 def run(config: TrainConfig) -> int:
@@ -65,15 +64,8 @@ def run(config: TrainConfig) -> int:
     say = _quiet if config.json else _say
     output = Path(config.output)
     checkpoint.check_output(output)
-    device = machine.resolve_device(config.device)
-    dtype, why_dtype = machine.resolve_dtype(config.dtype, device)
-    choices = {
-        "device": str(device),
-        "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
-        "kernels": machine.check_kernels(config.kernels, device),
-        "threads": machine.set_threads(config.threads),
-        "compile": "torch.compile (asked for)" if config.compile else "no",
-    }
+    device, dtype, choices = machine_choices(config)
+    choices["compile"] = "torch.compile (asked for)" if config.compile else "no"
     initial = checkpoint.load(config.init)[0] if config.init else None
     check_against_initial(config, initial)
     if initial is None:
@@ -88,13 +80,22 @@ def run(config: TrainConfig) -> int:
             note=say,
         )
         plan = make_plan(config, corpus, initial, device, dtype, choices)
-        identity = make_identity(config, corpus, initial)
-        path = run_path(config, corpus, plan.shape, identity)
+        identity = make_identity(
+            config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
+        )
+        path = run_path(config, corpus.name, plan.shape, identity)
         with RunDirectory(path, warn=_say) as folder:
-            start = _find_start(config, folder, identity)
+            start = find_start(config, folder, identity)
             if start is not None and start.state["position"]["finished"]:
                 return _already_finished(config, folder, start, output, say)
-            picked, choices["kernels"] = _choose_kernels(plan, folder if start else None)
+            picked, choices["kernels"] = choose_kernels(
+                config.kernels,
+                plan.shape,
+                device,
+                dtype,
+                plan.micro_batch_size,
+                folder if start else None,
+            )
             if start is None:
                 # Two checkpoints while a third is written: weights, best and two moments each.
                 folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
@@ -272,47 +273,6 @@ def _save_checkpoint(trainer: Trainer, folder: RunDirectory, bar: TrainingProgre
             trainer.best = copy.deepcopy(trainer.model)
         reason = error.strerror or error
         bar.say(f"WARNING: the checkpoint of step {trainer.position.step:,} failed: {reason}")
-
-
-def _find_start(
-    config: TrainConfig, folder: RunDirectory, identity: dict[str, Any]
-) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to begin.
-
-    Raises: UsageError where the directory holds another configuration's run.
-    """
-    try:
-        found = folder.read_identity()
-    except NanoGPTError:
-        if config.resume != "never":
-            raise
-        return None
-    if found is None:
-        return None
-    difference = first_difference(found["identity"], identity)
-    if difference:
-        raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
-    return None if config.resume == "never" else folder.newest()
-
-
-def _choose_kernels(plan: Plan, begun: RunDirectory | None) -> tuple[dict[str, str], str]:
-    """The implementation of each fused operation, as the run began or measured now, and why."""
-    earlier = (begun.read_identity() or {}).get("kernels") if begun else None
-    shape = plan.shape
-    work = Workload(
-        batch=min(plan.micro_batch_size, max(1, _MEASURED_TOKENS // shape.block_size)),
-        positions=shape.block_size,
-        heads=shape.n_head,
-        head_width=shape.n_embd // shape.n_head,
-        vocabulary=shape.vocab_size,
-        dtype=plan.dtype,
-    )
-    try:
-        return choose(plan.config.kernels, plan.device, work, earlier)
-    except RuntimeError as error:
-        if plan.config.kernels == "auto":
-            raise
-        raise UsageError(f"--kernels {plan.config.kernels}: {error}; use auto") from None
 
 
 def _introduce(

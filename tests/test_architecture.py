@@ -29,10 +29,19 @@ ALLOWED = {
     "judge": set(),
     "rewards": PURE,
     "reward_decoding": MODEL | {"rewards", "tilt"},
+    "reward_model": MODEL | {"checkpoint", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
-    "native": {"_C", "model"},
+    "native": {"_C", "model", "tokenizer"},
+    "terms": {"errors"},
+    "confidence": set(),
     "baselines": set(),
     "report": set(),
     "data": {"errors", "tokenizer"},
@@ -43,17 +52,24 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "_C"},
+    "sample": FILES | {"cli", "confidence", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint", "rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
-NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"}
+NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
+    "confidence",
+    "reward_data",
+    "terms",
+}
 
 
 def modules():

@@ -565,14 +565,46 @@ def test_the_character_reward_looks_at_the_last_whole_character(engine):
         ({"characters": "gx"}, "no token of the model's vocabulary ends with the character 'x'"),
         ({"characters": "gü"}, "ends with the character 'ü'"),
         ({"terms": []}, "no terms to reward"),
-        ({"terms": ["gene", ""]}, "one of the terms to reward is empty"),
+        ({"terms": ["g", ""]}, "one of the terms to reward is empty"),
         ({"terms": ["g" * 1001]}, "has 1001 characters"),
+        ({"terms": ["gg", "gex"]}, "the term 'gex' cannot be written with the model's vocabulary"),
+        ({"terms": ["Gü"]}, "the term 'Gü' cannot be written"),
     ],
 )
 def test_rewards_that_cannot_be_given_are_refused(engine, ask, message):
     answer = engine.ask("rewards", tokens=hexadecimal([b"g", b""]), path=[], **ask)
     assert answer["code"] == 3
     assert message in answer["error"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_term_is_refused_exactly_where_no_text_of_the_tokens_holds_it(engine, seed):
+    """Against every text of up to five tokens, of vocabularies of pieces and halves of characters.
+
+    The terms are so short that a text that holds one and is shorter would hold it too.
+    """
+    generator = random.Random(seed)
+    letters = ["a", "B", "é", "É", " ", "-", "ſ", "s"]
+    halves = [b"\xc3", b"\xa9", b"\x89", b"\xa9a", b" \xc3", b"a\xc3"]
+    answers = []
+    for _ in range(25):
+        pieces = [
+            "".join(generator.choices(letters, k=generator.randint(1, 3))).encode()
+            for _ in range(3)
+        ] + generator.sample(halves, 2)
+        texts = set()
+        for length in range(1, 6):
+            for path in itertools.product(pieces, repeat=length):
+                texts.add(fold(b"".join(path).decode("utf-8", "replace")))
+        for _ in range(4):
+            term = "".join(generator.choices(letters, k=generator.randint(1, 3)))
+            pattern = re.compile(f"(?<!\\w){re.escape(fold(term))}(?!\\w)")
+            found = any(pattern.search(text) for text in texts)
+            ask = {"tokens": hexadecimal([*pieces, b""]), "terms": [term], "path": []}
+            answer = engine.ask("rewards", **ask)
+            assert ("steps" in answer) == found, (pieces, term)
+            answers.append(found)
+    assert 10 < sum(answers) < 90
 
 
 def fold(text: str) -> str:
@@ -773,7 +805,7 @@ def test_term_rewards_of_random_terms_add_up_to_the_distinct_terms_matched(engin
     ],
 )
 def test_a_text_is_worth_its_distinct_terms(engine, text, count):
-    tokenizer = CharTokenizer.from_text(text + "x")
+    tokenizer = CharTokenizer.from_text(text + "gene therapy editing")
     path = [*tokenizer.encode(text), tokenizer.end_of_text_id]
     tokens = hexadecimal(tokenizer.token_bytes)
     ask = {"tokens": tokens, "terms": ["gene", "gene therapy", "editing"], "path": path}

@@ -13,7 +13,8 @@ namespace {
 // Texts up to this many new tokens have their place from the start; longer ones grow by doubling.
 constexpr int64_t kReserved = int64_t{1} << 20;
 
-void check_options(const GenerateOptions& options, size_t prompt_tokens, int64_t vocab_size) {
+void check_options(const GenerateOptions& options, size_t prompt_tokens, int64_t vocab_size,
+                   const Reward* reward) {
   if (prompt_tokens == 0) throw UsageError("a prompt holds at least one token");
   if (options.max_new_tokens < 0) {
     throw UsageError("max_new_tokens must be at least 0, not " +
@@ -27,6 +28,10 @@ void check_options(const GenerateOptions& options, size_t prompt_tokens, int64_t
                      " tokens cannot be written");
   }
   if (!std::isfinite(options.beta)) throw UsageError("beta must be a number");
+  if (reward && static_cast<int64_t>(reward->vocab_size()) != vocab_size) {
+    throw UsageError("the reward is for a vocabulary of " + std::to_string(reward->vocab_size()) +
+                     ", the model has " + std::to_string(vocab_size));
+  }
   if (!(options.calibration_temperature > 0 && std::isfinite(options.calibration_temperature))) {
     throw UsageError("a calibration temperature must be above 0");
   }
@@ -49,10 +54,11 @@ Generator::Generator(LogitsSource& source, std::vector<int32_t> prompt,
     : source_(source),
       options_(options),
       reward_(reward),
-      sampler_(source.config().vocab_size, options.filters, options.seed, options.row),
+      sampler_(source.config().vocab_size, options.filters, options.seed, options.row, 0,
+               {options.reward_top_k, options.details}),
       text_(std::move(prompt)) {
   const int64_t vocab_size = source_.config().vocab_size;
-  check_options(options_, text_.size(), vocab_size);
+  check_options(options_, text_.size(), vocab_size, reward_);
   sampler_.see(text_.data(), text_.size());
   text_.reserve(text_.size() + static_cast<size_t>(std::min(options_.max_new_tokens, kReserved)));
   if (reward_) tilt_.resize(static_cast<size_t>(vocab_size));
@@ -73,8 +79,9 @@ std::optional<Step> Generator::next() {
   const float* logits = source_.append(text_.data() + coming, end - coming);
 
   const double* tilt = nullptr;
-  if (reward_ && options_.beta != 0.0) {
-    const double* rewards = reward_->of_candidates();
+  const double* rewards = nullptr;
+  if (reward_ && (options_.beta != 0.0 || options_.details)) rewards = reward_->of_candidates();
+  if (rewards && options_.beta != 0.0) {
     for (size_t id = 0; id < tilt_.size(); ++id) tilt_[id] = options_.beta * rewards[id];
     tilt = tilt_.data();
   }
@@ -87,6 +94,11 @@ std::optional<Step> Generator::next() {
   if (options_.probabilities) {
     step.probability =
         probability_of(logits, config.vocab_size, step.token, options_.calibration_temperature);
+  }
+  if (options_.details) {
+    if (rewards) step.reward = rewards[step.token];
+    step.log_z = sampler_.details().log_z;
+    step.kl = sampler_.details().kl;
   }
   if (reward_) reward_->advance(step.token);
   text_.push_back(step.token);

@@ -23,21 +23,27 @@ struct GenerateOptions {
   Filters filters;
   uint64_t seed = 0;
   uint32_t row = 0;
-  double beta = 0.0;           // multiplies the reward
-  std::optional<int32_t> eos;  // ends the text when drawn; it is not given out
+  double beta = 0.0;  // multiplies the reward that is added to the log-probabilities
+  std::optional<int64_t> reward_top_k;  // only so many of the likeliest ids are rewarded and drawn
+                                        // from, where beta is not 0
+  std::optional<int32_t> eos;           // ends the text when drawn; it is not given out
   double calibration_temperature = 1.0;
   bool probabilities = false;
+  bool details = false;  // of the reward, in every step
 };
 
 struct Step {
   int32_t token = 0;
   double probability = 0.0;  // the model's, at the calibration temperature; 0 unless asked for
+  // Of the details: the token's reward, and the tilt's log Z and KL in nats.
+  double reward = 0.0, log_z = 0.0, kl = 0.0;
 };
 
 // One text. The source is reset at the start; nothing is allocated per token.
 class Generator {
  public:
-  // `prompt`: at least one id. `reward` may be null.
+  // `prompt`: at least one id. `reward` may be null. Throws UsageError where it is for another
+  // vocabulary, or an option is out of range.
   Generator(LogitsSource& source, std::vector<int32_t> prompt, const GenerateOptions& options,
             Reward* reward = nullptr);
   // The next token, or nothing once max_new_tokens are written or eos was drawn.

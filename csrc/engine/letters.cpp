@@ -245,4 +245,15 @@ uint32_t folded(uint32_t code) {
   return static_cast<uint32_t>(static_cast<int64_t>(code) + run->delta);
 }
 
+std::vector<uint32_t> unfolded(uint32_t code) {
+  std::vector<uint32_t> forms;
+  if (folded(code) == code) forms.push_back(code);
+  for (const FoldRun& run : kFolds) {
+    const int64_t form = static_cast<int64_t>(code) - run.delta;
+    if (form < run.first || form > run.last) continue;
+    if (folded(static_cast<uint32_t>(form)) == code) forms.push_back(static_cast<uint32_t>(form));
+  }
+  return forms;
+}
+
 }  // namespace nanogpt

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace nanogpt {
 
@@ -10,5 +11,8 @@ bool is_word_character(uint32_t code);
 
 // The character's case folding where that is one character, else the character itself ("ß").
 uint32_t folded(uint32_t code);
+
+// The characters whose folding is `code`; none where it is itself folded to another.
+std::vector<uint32_t> unfolded(uint32_t code);
 
 }  // namespace nanogpt

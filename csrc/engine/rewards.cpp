@@ -26,6 +26,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <string_view>
@@ -33,6 +34,7 @@
 
 #include "engine/error.h"
 #include "engine/letters.h"
+#include "engine/spelling.h"
 
 namespace nanogpt {
 namespace {
@@ -106,44 +108,77 @@ std::vector<uint32_t> characters_of(std::string_view text, const char* what) {
   return codes;
 }
 
-class CharReward : public Reward {
+class TokenReward : public Reward {
  public:
-  CharReward(const Tokenizer& tokenizer, const std::string& characters) {
-    std::map<uint32_t, bool> wanted;
-    for (const uint32_t code : characters_of(characters, "the characters to reward")) {
-      wanted.emplace(code, false);
-    }
-    if (wanted.empty()) throw InputError("there are no characters to reward");
-    rewards_.assign(static_cast<size_t>(tokenizer.vocab_size()), 0.0);
-    for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
-      Unfinished held;
-      uint32_t last = kEnd;
-      for (const char byte : tokenizer.bytes_of(id)) {
-        decode(held, static_cast<uint8_t>(byte), [&](uint32_t code) { last = code; });
-      }
-      const auto found = held.needed ? wanted.end() : wanted.find(last);
-      // Bytes that are no character are not the character U+FFFD.
-      if (found == wanted.end() || !ends_with(tokenizer.bytes_of(id), utf8_of(last))) continue;
-      found->second = true;
-      rewards_[static_cast<size_t>(id)] = 1.0;
-    }
-    for (const auto& [code, found] : wanted) {
-      if (!found) {
-        throw InputError("no token of the model's vocabulary ends with the character '" +
-                         utf8_of(code) + "', so it cannot be rewarded");
-      }
-    }
-  }
-  const double* of_candidates() override { return rewards_.data(); }
-  void advance(int32_t id) override { (void)rewards_.at(static_cast<size_t>(id)); }
+  explicit TokenReward(std::vector<double> values) : values_(std::move(values)) {}
+  size_t vocab_size() const override { return values_.size(); }
+  const double* of_candidates() override { return values_.data(); }
+  void advance(int32_t id) override { (void)values_.at(static_cast<size_t>(id)); }
+  std::unique_ptr<Reward> clone() const override { return std::make_unique<TokenReward>(*this); }
 
  private:
-  static bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+  std::vector<double> values_;
+};
+
+class SumReward : public Reward {
+ public:
+  explicit SumReward(std::vector<WeightedReward> parts)
+      : parts_(std::move(parts)), sum_(parts_.front().reward->vocab_size()) {}
+  size_t vocab_size() const override { return sum_.size(); }
+  const double* of_candidates() override {
+    std::fill(sum_.begin(), sum_.end(), 0.0);
+    for (const WeightedReward& part : parts_) {
+      const double* values = part.reward->of_candidates();
+      for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += part.weight * values[i];
+    }
+    return sum_.data();
+  }
+  void advance(int32_t id) override {
+    for (const WeightedReward& part : parts_) part.reward->advance(id);
+  }
+  std::unique_ptr<Reward> clone() const override {
+    std::vector<WeightedReward> parts;
+    for (const WeightedReward& part : parts_) parts.push_back({part.reward->clone(), part.weight});
+    return std::make_unique<SumReward>(std::move(parts));
   }
 
-  std::vector<double> rewards_;
+ private:
+  std::vector<WeightedReward> parts_;
+  std::vector<double> sum_;
 };
+
+bool ends_with(std::string_view text, std::string_view end) {
+  return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+}
+
+std::vector<double> rewards_of_characters(const Tokenizer& tokenizer,
+                                          const std::string& characters) {
+  std::map<uint32_t, bool> wanted;
+  for (const uint32_t code : characters_of(characters, "the characters to reward")) {
+    wanted.emplace(code, false);
+  }
+  if (wanted.empty()) throw InputError("there are no characters to reward");
+  std::vector<double> rewards(static_cast<size_t>(tokenizer.vocab_size()), 0.0);
+  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
+    Unfinished held;
+    uint32_t last = kEnd;
+    for (const char byte : tokenizer.bytes_of(id)) {
+      decode(held, static_cast<uint8_t>(byte), [&](uint32_t code) { last = code; });
+    }
+    const auto found = held.needed ? wanted.end() : wanted.find(last);
+    // Bytes that are no character are not the character U+FFFD.
+    if (found == wanted.end() || !ends_with(tokenizer.bytes_of(id), utf8_of(last))) continue;
+    found->second = true;
+    rewards[static_cast<size_t>(id)] = 1.0;
+  }
+  for (const auto& [code, found] : wanted) {
+    if (!found) {
+      throw InputError("no token of the model's vocabulary ends with the character '" +
+                       utf8_of(code) + "', so it cannot be rewarded");
+    }
+  }
+  return rewards;
+}
 
 constexpr int32_t kRoot = 0;     // after a boundary, on the way to no term
 constexpr int32_t kInWord = -1;  // after a letter, on the way to no term
@@ -152,7 +187,7 @@ constexpr size_t kLongestTerm = 1000;
 // The trie of the terms and the potential of its nodes.
 class Matcher {
  public:
-  explicit Matcher(const std::vector<std::string>& terms) {
+  Matcher(const std::vector<std::string>& terms, const Speller& speller) {
     nodes_.emplace_back();
     std::vector<std::map<uint32_t, int32_t>> children(1);
     for (const std::string& term : terms) {
@@ -163,6 +198,11 @@ class Matcher {
                          " characters; the longest allowed has " + std::to_string(kLongestTerm));
       }
       for (uint32_t& code : codes) code = folded(code);
+      if (!speller.can_write(codes)) {
+        throw InputError("the term '" + term +
+                         "' cannot be written with the model's vocabulary, so it cannot be "
+                         "rewarded");
+      }
       int32_t node = kRoot;
       for (size_t depth = 1; depth <= codes.size(); ++depth) {
         const uint32_t code = codes[depth - 1];
@@ -333,27 +373,118 @@ class Matcher {
   int32_t term_count_ = 0;
 };
 
+// What a token's first character is.
+enum Kind : uint8_t { kLetter, kNotLetter, kPart, kNothing };
+
+struct Token {
+  size_t first_code = 0, end_code = 0;  // its whole characters, folded
+  int32_t label = -1, second_label = -1;
+  Kind kind = kNothing, second_kind = kNothing;
+};
+
+// Terms and the vocabulary that they are written with: what does not change along a text.
+class Vocabulary {
+ public:
+  Vocabulary(const Tokenizer& tokenizer, const std::vector<std::string>& terms)
+      : tokenizer(tokenizer), matcher(terms, Speller(tokenizer)) {
+    for (const Matcher::Edge& edge : matcher.edges()) labels.push_back(edge.code);
+    std::sort(labels.begin(), labels.end());
+    labels.erase(std::unique(labels.begin(), labels.end()), labels.end());
+    starting_with.resize(labels.size());
+    const int32_t vocab_size = tokenizer.vocab_size();
+    tokens.resize(static_cast<size_t>(vocab_size));
+    kinds.resize(tokens.size());
+    for (int32_t id = 0; id < vocab_size; ++id) read_token(id);
+  }
+
+  int32_t label_of(uint32_t code) const {
+    const auto place = std::lower_bound(labels.begin(), labels.end(), code);
+    return place != labels.end() && *place == code ? static_cast<int32_t>(place - labels.begin())
+                                                   : -1;
+  }
+
+  // The state after a token; `match` is told the terms that are now certain.
+  template <class Match>
+  int32_t walk(int32_t state, const Token& token, Match&& match) const {
+    for (size_t i = token.first_code; i < token.end_code; ++i) {
+      state = matcher.feed(state, codes[i], match);
+    }
+    return state;
+  }
+
+  const Tokenizer& tokenizer;
+  Matcher matcher;
+  std::vector<Token> tokens;
+  std::vector<uint8_t> kinds;
+  std::vector<uint32_t> codes;
+  std::vector<uint32_t> labels;  // the characters of the terms
+  std::vector<std::vector<int32_t>> starting_with;
+  std::vector<int32_t> continuing;  // tokens that begin in the middle of a character
+  // Tokens that lead somewhere from kRoot, and from kInWord.
+  std::array<std::vector<int32_t>, 2> sprouting;
+
+ private:
+  void read_token(int32_t id) {
+    Token& token = tokens[static_cast<size_t>(id)];
+    const std::string_view bytes = tokenizer.bytes_of(id);
+    token.first_code = codes.size();
+    Unfinished held;
+    for (const char byte : bytes) {
+      decode(held, static_cast<uint8_t>(byte),
+             [this](uint32_t code) { codes.push_back(folded(code)); });
+    }
+    token.end_code = codes.size();
+    const size_t count = token.end_code - token.first_code;
+    const uint32_t* own = codes.data() + token.first_code;
+    token.kind = bytes.empty() ? kNothing : kPart;
+    token.second_kind = kPart;
+    if (count > 0) {
+      token.kind = is_word(own[0]) ? kLetter : kNotLetter;
+      token.label = label_of(own[0]);
+      if (token.label >= 0) starting_with[static_cast<size_t>(token.label)].push_back(id);
+    }
+    if (count > 1) {
+      token.second_kind = is_word(own[1]) ? kLetter : kNotLetter;
+      token.second_label = label_of(own[1]);
+    }
+    kinds[static_cast<size_t>(id)] = token.kind;
+    if (!bytes.empty() && (static_cast<uint8_t>(bytes.front()) & 0xC0) == 0x80) {
+      continuing.push_back(id);
+    }
+    for (const int32_t from : {kRoot, kInWord}) {
+      bool found = false;
+      const int32_t end = walk(from, token, [&found](int32_t) { found = true; });
+      if (end > kRoot || found) sprouting[from == kRoot ? 0 : 1].push_back(id);
+    }
+  }
+};
+
 class TermReward : public Reward {
  public:
-  TermReward(const Tokenizer& tokenizer, const std::vector<std::string>& terms)
-      : tokenizer_(tokenizer), matcher_(terms) {
+  explicit TermReward(std::shared_ptr<const Vocabulary> vocabulary)
+      : vocabulary_(std::move(vocabulary)), matcher_(vocabulary_->matcher) {
     counted_.assign(static_cast<size_t>(matcher_.terms()), 0);
     shortest_.resize(matcher_.size());
     potential_.resize(matcher_.size());
     matcher_.potentials(counted_, shortest_, potential_);
     for (Alternative& alternative : alternatives_) alternative.potential.resize(matcher_.size());
-    for (const Matcher::Edge& edge : matcher_.edges()) labels_.push_back(edge.code);
-    std::sort(labels_.begin(), labels_.end());
-    labels_.erase(std::unique(labels_.begin(), labels_.end()), labels_.end());
-    starting_with_.resize(labels_.size());
-    goes_on_.assign(labels_.size(), 0);
-    read_vocabulary();
-    const size_t vocab_size = tokens_.size();
-    rewards_.assign(vocab_size, 0.0);
-    touched_.reserve(vocab_size);
-    found_.reserve(counted_.size() + 64);
-    fresh_.reserve(counted_.size() + 64);
+    goes_on_.assign(vocabulary_->labels.size(), 0);
+    rewards_.assign(vocab_size(), 0.0);
+    for (const int32_t from : {kRoot, kInWord}) {
+      for (const int32_t id : vocabulary_->sprouting[from == kRoot ? 0 : 1]) {
+        sprouts(from).push_back({id, 0.0});
+      }
+    }
+    reserve();
     worth_of_sprouts();
+  }
+
+  size_t vocab_size() const override { return vocabulary_->tokens.size(); }
+
+  std::unique_ptr<Reward> clone() const override {
+    auto twin = std::make_unique<TermReward>(*this);
+    twin->reserve();
+    return twin;
   }
 
   const double* of_candidates() override {
@@ -367,8 +498,8 @@ class TermReward : public Reward {
     const int32_t state = matcher_.feed(state_, kReplacement, remember());
     from_whole_character(state);
     found_.clear();
-    for (const int32_t id : continuing_) {
-      const std::string_view bytes = tokenizer_.bytes_of(id);
+    for (const int32_t id : vocabulary_->continuing) {
+      const std::string_view bytes = vocabulary_->tokenizer.bytes_of(id);
       if (!held_.goes_on_with(static_cast<uint8_t>(bytes.front()))) continue;
       Unfinished held = held_;
       const int32_t end = walk_bytes(state_, held, bytes);
@@ -379,7 +510,7 @@ class TermReward : public Reward {
   }
 
   void advance(int32_t id) override {
-    const std::string_view bytes = tokenizer_.bytes_of(id);
+    const std::string_view bytes = vocabulary_->tokenizer.bytes_of(id);
     found_.clear();
     if (bytes.empty()) {
       if (held_.needed != 0) state_ = matcher_.feed(state_, kReplacement, remember());
@@ -401,15 +532,6 @@ class TermReward : public Reward {
   }
 
  private:
-  // Of the first character of a token.
-  enum Kind : uint8_t { kLetter, kNotLetter, kPart, kNothing };
-
-  struct Token {
-    size_t first_code = 0, end_code = 0;  // its whole characters, folded
-    int32_t label = -1, second_label = -1;
-    Kind kind = kNothing, second_kind = kNothing;
-  };
-
   // A token that leads somewhere from kRoot or kInWord, and what it is worth there.
   struct Sprout {
     int32_t id;
@@ -428,48 +550,12 @@ class TermReward : public Reward {
   };
   Remember remember() { return {found_}; }
 
-  int32_t label_of(uint32_t code) const {
-    const auto place = std::lower_bound(labels_.begin(), labels_.end(), code);
-    return place != labels_.end() && *place == code ? static_cast<int32_t>(place - labels_.begin())
-                                                    : -1;
-  }
-
-  void read_vocabulary() {
-    const int32_t vocab_size = tokenizer_.vocab_size();
-    tokens_.resize(static_cast<size_t>(vocab_size));
-    kinds_.resize(tokens_.size());
-    for (int32_t id = 0; id < vocab_size; ++id) {
-      Token& token = tokens_[static_cast<size_t>(id)];
-      const std::string_view bytes = tokenizer_.bytes_of(id);
-      token.first_code = codes_.size();
-      Unfinished held;
-      for (const char byte : bytes) {
-        decode(held, static_cast<uint8_t>(byte),
-               [this](uint32_t code) { codes_.push_back(folded(code)); });
-      }
-      token.end_code = codes_.size();
-      const size_t count = token.end_code - token.first_code;
-      const uint32_t* codes = codes_.data() + token.first_code;
-      token.kind = bytes.empty() ? kNothing : kPart;
-      token.second_kind = kPart;
-      if (count > 0) {
-        token.kind = is_word(codes[0]) ? kLetter : kNotLetter;
-        token.label = label_of(codes[0]);
-        if (token.label >= 0) starting_with_[static_cast<size_t>(token.label)].push_back(id);
-      }
-      if (count > 1) {
-        token.second_kind = is_word(codes[1]) ? kLetter : kNotLetter;
-        token.second_label = label_of(codes[1]);
-      }
-      kinds_[static_cast<size_t>(id)] = token.kind;
-      if (!bytes.empty() && (static_cast<uint8_t>(bytes.front()) & 0xC0) == 0x80) {
-        continuing_.push_back(id);
-      }
-      for (const int32_t from : {kRoot, kInWord}) {
-        found_.clear();
-        if (walk(from, token) > kRoot || !found_.empty()) sprouts(from).push_back({id, 0.0});
-      }
-    }
+  // Room for what grows within a step.
+  void reserve() {
+    touched_.reserve(vocab_size());
+    found_.reserve(counted_.size() + 64);
+    fresh_.reserve(counted_.size() + 64);
+    for (Alternative& alternative : alternatives_) alternative.fresh.reserve(counted_.size());
   }
 
   std::vector<Sprout>& sprouts(int32_t state) { return sprouts_[state == kRoot ? 0 : 1]; }
@@ -478,7 +564,7 @@ class TermReward : public Reward {
     for (const int32_t from : {kRoot, kInWord}) {
       for (Sprout& sprout : sprouts(from)) {
         found_.clear();
-        const int32_t end = walk(from, tokens_[static_cast<size_t>(sprout.id)]);
+        const int32_t end = walk(from, vocabulary_->tokens[static_cast<size_t>(sprout.id)]);
         before_ = 0.0;
         sprout.worth = worth(end);
       }
@@ -488,10 +574,7 @@ class TermReward : public Reward {
 
   // Adds what is certain on the way to `found_`.
   int32_t walk(int32_t state, const Token& token) {
-    for (size_t i = token.first_code; i < token.end_code; ++i) {
-      state = matcher_.feed(state, codes_[i], remember());
-    }
-    return state;
+    return vocabulary_->walk(state, token, remember());
   }
 
   int32_t walk_bytes(int32_t state, Unfinished& held, std::string_view bytes) {
@@ -547,10 +630,10 @@ class TermReward : public Reward {
   void fill(const std::array<double, 4>& of_kind) {
     if (of_kind == filled_ && !all_touched_ && touched_.size() < rewards_.size() / 8) {
       for (const int32_t id : touched_) {
-        rewards_[static_cast<size_t>(id)] = of_kind[kinds_[static_cast<size_t>(id)]];
+        rewards_[static_cast<size_t>(id)] = of_kind[vocabulary_->kinds[static_cast<size_t>(id)]];
       }
     } else {
-      for (size_t i = 0; i < rewards_.size(); ++i) rewards_[i] = of_kind[kinds_[i]];
+      for (size_t i = 0; i < rewards_.size(); ++i) rewards_[i] = of_kind[vocabulary_->kinds[i]];
     }
     filled_ = of_kind;
     touched_.clear();
@@ -575,15 +658,15 @@ class TermReward : public Reward {
       const int32_t from = matcher_.abandon(state, kind == kLetter, remember());
       const bool plain = !any_fresh();
       for (const Sprout& sprout : sprouts(from)) {
-        const Token& token = tokens_[static_cast<size_t>(sprout.id)];
+        const Token& token = vocabulary_->tokens[static_cast<size_t>(sprout.id)];
         if (token.kind == kind) assign(sprout.id, worth_of(sprout, token, from, plain));
       }
       found_.resize(already);
     }
     matcher_.for_each_way_on(state, [&](const Matcher::Edge& edge) {
-      const int32_t label = label_of(edge.code);
+      const int32_t label = vocabulary_->label_of(edge.code);
       if (is_word(edge.code)) {
-        for (const int32_t id : starting_with_[static_cast<size_t>(label)]) {
+        for (const int32_t id : vocabulary_->starting_with[static_cast<size_t>(label)]) {
           walk_one(state, id, already);
         }
       } else {
@@ -595,7 +678,7 @@ class TermReward : public Reward {
   // Tokens that begin with a character that is no letter and goes on from `state`; with a space
   // that may be most of the vocabulary, so they are told apart by their second character.
   void after_separator(int32_t state, uint32_t code, int32_t label, size_t already) {
-    const std::vector<int32_t>& ids = starting_with_[static_cast<size_t>(label)];
+    const std::vector<int32_t>& ids = vocabulary_->starting_with[static_cast<size_t>(label)];
     const int32_t middle = matcher_.feed(state, code, remember());
     const size_t with_separator = found_.size();
     std::array<double, 4> of_kind{};
@@ -608,13 +691,13 @@ class TermReward : public Reward {
       found_.resize(with_separator);
     }
     matcher_.for_each_way_on(middle, [&](const Matcher::Edge& edge) {
-      goes_on_[static_cast<size_t>(label_of(edge.code))] = 1;
+      goes_on_[static_cast<size_t>(vocabulary_->label_of(edge.code))] = 1;
     });
     const auto goes_on = [this](const Token& token) {
       return token.second_label >= 0 && goes_on_[static_cast<size_t>(token.second_label)] != 0;
     };
     for (const int32_t id : ids) {
-      const Token& token = tokens_[static_cast<size_t>(id)];
+      const Token& token = vocabulary_->tokens[static_cast<size_t>(id)];
       if (!goes_on(token)) assign(id, of_kind[token.second_kind]);
     }
     // What follows the separator is on its own, as it is after a separator inside a word.
@@ -622,7 +705,7 @@ class TermReward : public Reward {
       (void)matcher_.abandon(middle, kind == kLetter, remember());
       const bool plain = !any_fresh();
       for (const Sprout& sprout : sprouts(kInWord)) {
-        const Token& token = tokens_[static_cast<size_t>(sprout.id)];
+        const Token& token = vocabulary_->tokens[static_cast<size_t>(sprout.id)];
         if (token.label != label || token.second_kind != kind || goes_on(token)) continue;
         assign(sprout.id, worth_of(sprout, token, kInWord, plain));
       }
@@ -630,7 +713,7 @@ class TermReward : public Reward {
     }
     found_.resize(already);
     for (const int32_t id : ids) {
-      if (goes_on(tokens_[static_cast<size_t>(id)])) walk_one(state, id, already);
+      if (goes_on(vocabulary_->tokens[static_cast<size_t>(id)])) walk_one(state, id, already);
     }
     std::fill(goes_on_.begin(), goes_on_.end(), 0);
   }
@@ -652,27 +735,19 @@ class TermReward : public Reward {
 
   void walk_one(int32_t state, int32_t id, size_t already) {
     found_.resize(already);
-    assign(id, worth(walk(state, tokens_[static_cast<size_t>(id)])));
+    assign(id, worth(walk(state, vocabulary_->tokens[static_cast<size_t>(id)])));
     found_.resize(already);
   }
 
   static constexpr size_t kAlternatives = 8;
 
-  const Tokenizer& tokenizer_;
-  Matcher matcher_;
+  const std::shared_ptr<const Vocabulary> vocabulary_;
+  const Matcher& matcher_;
   std::vector<uint8_t> counted_;
   std::vector<int32_t> shortest_;
   std::vector<double> potential_;
   std::array<Alternative, kAlternatives> alternatives_;
   size_t next_alternative_ = 0;
-
-  // The vocabulary.
-  std::vector<Token> tokens_;
-  std::vector<uint8_t> kinds_;
-  std::vector<uint32_t> codes_;
-  std::vector<uint32_t> labels_;  // the characters of the terms
-  std::vector<std::vector<int32_t>> starting_with_;
-  std::vector<int32_t> continuing_;  // tokens that begin in the middle of a character
   std::array<std::vector<Sprout>, 2> sprouts_;
 
   // The text so far.
@@ -691,13 +766,29 @@ class TermReward : public Reward {
 
 }  // namespace
 
+std::unique_ptr<Reward> token_reward(std::vector<double> values) {
+  return std::make_unique<TokenReward>(std::move(values));
+}
+
 std::unique_ptr<Reward> char_reward(const Tokenizer& tokenizer, const std::string& characters) {
-  return std::make_unique<CharReward>(tokenizer, characters);
+  return token_reward(rewards_of_characters(tokenizer, characters));
 }
 
 std::unique_ptr<Reward> term_reward(const Tokenizer& tokenizer,
                                     const std::vector<std::string>& terms) {
-  return std::make_unique<TermReward>(tokenizer, terms);
+  return std::make_unique<TermReward>(std::make_shared<const Vocabulary>(tokenizer, terms));
+}
+
+std::unique_ptr<Reward> sum_reward(std::vector<WeightedReward> parts) {
+  if (parts.empty()) throw UsageError("a sum of rewards needs a reward");
+  for (const WeightedReward& part : parts) {
+    if (!std::isfinite(part.weight)) throw UsageError("the weight of a reward must be finite");
+    if (part.reward->vocab_size() != parts.front().reward->vocab_size()) {
+      throw UsageError("the rewards of a sum are for different vocabularies");
+    }
+  }
+  if (parts.size() == 1 && parts.front().weight == 1.0) return std::move(parts.front().reward);
+  return std::make_unique<SumReward>(std::move(parts));
 }
 
 }  // namespace nanogpt

@@ -412,9 +412,18 @@ void Filters::check() const {
   }
 }
 
-Sampler::Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row, uint32_t stream)
-    : vocab_size_(vocab_size), filters_(filters), seed_(seed), row_(row), stream_(stream) {
+Sampler::Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row, uint32_t stream,
+                 Tilting tilting)
+    : vocab_size_(vocab_size),
+      filters_(filters),
+      seed_(seed),
+      row_(row),
+      stream_(stream),
+      tilting_(tilting) {
   filters_.check();
+  if (tilting_.top_k && *tilting_.top_k < 1) {
+    throw UsageError("reward_top_k must be at least 1, not " + std::to_string(*tilting_.top_k));
+  }
   if (vocab_size_ < 1 || vocab_size_ > std::numeric_limits<int32_t>::max() - kBlock) {
     throw UsageError("a vocabulary of " + std::to_string(vocab_size_) + " cannot be drawn from");
   }
@@ -428,14 +437,13 @@ Sampler::Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t ro
   const bool top_k = filters_.top_k && *filters_.top_k < vocab_size_;
   const bool top_p = filters_.top_p && *filters_.top_p < 1;
   const bool min_p = filters_.min_p && *filters_.min_p > 0;
-  if (filters_.temperature > 0 && (top_k || top_p || min_p)) {
+  const bool tilt_top_k = tilting_.top_k && *tilting_.top_k < vocab_size_;
+  if (tilt_top_k || (filters_.temperature > 0 && (top_k || top_p || min_p))) {
     ids_.resize(padded);
     scratch_.resize(padded);
   }
-  if (filters_.temperature > 0 && top_p) {
-    weights_.resize(padded);
-    candidates_.resize(static_cast<size_t>(vocab_size_));
-  }
+  if (filters_.temperature > 0 && top_p) candidates_.resize(static_cast<size_t>(vocab_size_));
+  if (tilting_.details || !candidates_.empty()) weights_.resize(padded);
 }
 
 void Sampler::see(const int32_t* tokens, size_t count) {
@@ -484,7 +492,8 @@ int32_t Sampler::next(const float* logits, uint32_t position, const double* tilt
     if (filters_.top_p && *filters_.top_p < 1) keep_top_p(*filters_.top_p);
     if (filters_.min_p && *filters_.min_p > 0) keep_min_p(*filters_.min_p);
   }
-  if (tilt) add_tilt(tilt, position);
+  details_ = TiltDetails();
+  if (tilt) apply_tilt(tilt, position);
   if (maximum_ == -kInfinity) {
     throw InputError("nothing is left to choose from for token " + std::to_string(position) +
                      " of the text");
@@ -616,6 +625,53 @@ void Sampler::keep_min_p(double min_p) {
   }
   count_ = count;
   listed_ = true;
+}
+
+void Sampler::keep_likeliest(int64_t k) {
+  if (!listed_) return keep_top_k(k);
+  if (count_ <= k) return;
+  std::nth_element(ids_.begin(), ids_.begin() + (k - 1), ids_.begin() + count_,
+                   [this](int32_t a, int32_t b) {
+                     const double x = values_[static_cast<size_t>(a)];
+                     const double y = values_[static_cast<size_t>(b)];
+                     return x != y ? x > y : a < b;
+                   });
+  count_ = k;
+}
+
+void Sampler::apply_tilt(const double* tilt, uint32_t position) {
+  const bool finite = std::isfinite(maximum_);
+  const double before = tilting_.details && finite ? log_sum(nullptr, nullptr) : 0.0;
+  if (tilting_.top_k && *tilting_.top_k < vocab_size_ && finite) keep_likeliest(*tilting_.top_k);
+  add_tilt(tilt, position);
+  if (tilting_.details && std::isfinite(maximum_)) {
+    double mean = 0.0;
+    details_.log_z = log_sum(tilt, &mean) - before;
+    details_.kl = mean - details_.log_z;
+  }
+}
+
+// Log of the sum of exp over what is kept, and the mean of `tilt`, where given, with those weights.
+double Sampler::log_sum(const double* tilt, double* mean) {
+  double sum = 0.0, tilted = 0.0;
+  // What has no weight is left out, because its tilt may be -inf.
+  const auto add = [&](size_t id, double weight) {
+    if (weight > 0.0) tilted += weight * tilt[id];
+  };
+  if (listed_) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const size_t id = static_cast<size_t>(ids_[static_cast<size_t>(i)]);
+      const double weight = std::exp(values_[id] - maximum_);
+      sum += weight;
+      if (tilt) add(id, weight);
+    }
+  } else {
+    const int64_t blocks = blocks_of(vocab_size_);
+    sum = kernels().exponentials(values_.data(), blocks, maximum_, weights_.data());
+    for (size_t id = 0; tilt && id < static_cast<size_t>(vocab_size_); ++id) add(id, weights_[id]);
+  }
+  if (mean) *mean = tilted / sum;
+  return maximum_ + std::log(sum);
 }
 
 void Sampler::add_tilt(const double* tilt, uint32_t position) {

@@ -27,12 +27,24 @@ struct Filters {
   void check() const;
 };
 
+// What goes with a tilt, which is added to the log-probabilities that the filters left.
+struct Tilting {
+  std::optional<int64_t> top_k;  // only so many of the likeliest ids are tilted and drawn from
+  bool details = false;          // work out log Z and KL too
+};
+
+// p: the probabilities after the filters; q: after the tilt t, on the ids C that it was added to.
+struct TiltDetails {
+  double log_z = 0.0;  // log of the sum of p exp(t) over C
+  double kl = 0.0;     // of q to p, in nats: E_q[t] - log Z
+};
+
 // One row's draws. Keeps buffers between calls; nothing is allocated after the first.
 class Sampler {
  public:
   // `seed` is not used at temperature 0.
-  Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row = 0,
-          uint32_t stream = 0);
+  Sampler(int64_t vocab_size, Filters filters, uint64_t seed, uint32_t row = 0, uint32_t stream = 0,
+          Tilting tilting = {});
   // Marks tokens of the text, for the repetition penalty. Throws UsageError for an id outside the
   // vocabulary.
   void see(const int32_t* tokens, size_t count);
@@ -41,6 +53,8 @@ class Sampler {
   // Ties go to the lowest id; temperature 0 takes the likeliest (after the tilt). Throws InputError
   // where a logit or a tilt is NaN or +inf, or where nothing is left to choose from.
   int32_t next(const float* logits, uint32_t position, const double* tilt = nullptr);
+  // Of the last draw, where they were asked for; zeros where it had no tilt.
+  const TiltDetails& details() const { return details_; }
 
  private:
   struct Candidate {
@@ -51,6 +65,9 @@ class Sampler {
   void keep_top_k(int64_t k);
   void keep_top_p(double p);
   void keep_min_p(double min_p);
+  void keep_likeliest(int64_t k);
+  void apply_tilt(const double* tilt, uint32_t position);
+  double log_sum(const double* tilt, double* mean);
   void add_tilt(const double* tilt, uint32_t position);
   int32_t first_of(double value) const;
   int32_t draw(uint32_t position);
@@ -60,6 +77,8 @@ class Sampler {
   Filters filters_;
   uint64_t seed_;
   uint32_t row_, stream_;
+  Tilting tilting_;
+  TiltDetails details_;
   std::vector<uint8_t> seen_;
   std::vector<int32_t> seen_ids_;
   // Log-probabilities up to a constant, in blocks: what is beyond V is -inf. Where `listed_`, only

@@ -40,37 +40,13 @@ uint64_t fresh_seed() {
   return (static_cast<uint64_t>(device()) << 32 | device()) >> 2;
 }
 
-// Two rewards count together.
-class SumReward : public Reward {
- public:
-  SumReward(std::unique_ptr<Reward> a, std::unique_ptr<Reward> b, int32_t vocab_size)
-      : a_(std::move(a)), b_(std::move(b)), sum_(static_cast<size_t>(vocab_size)) {}
-  const double* of_candidates() override {
-    const double* a = a_->of_candidates();
-    const double* b = b_->of_candidates();
-    for (size_t i = 0; i < sum_.size(); ++i) sum_[i] = a[i] + b[i];
-    return sum_.data();
-  }
-  void advance(int32_t id) override {
-    a_->advance(id);
-    b_->advance(id);
-  }
-
- private:
-  std::unique_ptr<Reward> a_, b_;
-  std::vector<double> sum_;
-};
-
 std::unique_ptr<Reward> make_reward(const Arguments& arguments,
                                     const std::vector<std::string>& terms,
                                     const Tokenizer& tokenizer) {
-  std::unique_ptr<Reward> of_characters, of_terms;
-  if (arguments.reward_chars) of_characters = char_reward(tokenizer, *arguments.reward_chars);
-  if (!terms.empty()) of_terms = term_reward(tokenizer, terms);
-  if (of_characters == nullptr) return of_terms;
-  if (of_terms == nullptr) return of_characters;
-  return std::make_unique<SumReward>(std::move(of_characters), std::move(of_terms),
-                                     tokenizer.vocab_size());
+  std::vector<WeightedReward> parts;
+  if (arguments.reward_chars) parts.push_back({char_reward(tokenizer, *arguments.reward_chars)});
+  if (!terms.empty()) parts.push_back({term_reward(tokenizer, terms)});
+  return parts.empty() ? nullptr : sum_reward(std::move(parts));
 }
 
 // Runs `check` beside `work` and waits for both. What `check` throws goes first: an input that is

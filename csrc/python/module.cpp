@@ -1,4 +1,4 @@
-// nanogpt._C: the engine, the tokenizers and the sampler in Python.
+// nanogpt._C: the engine, the tokenizers, the rewards and the sampler in Python.
 //
 // Weights are shared with whoever gave them, never copied; logits are given as new arrays. The GIL
 // is released while something is computed, and one mutex an engine keeps two threads apart.
@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #include "engine/error.h"
 #include "engine/generator.h"
 #include "engine/model_file.h"
+#include "engine/rewards.h"
 #include "engine/sampler.h"
 #include "engine/text.h"
 #include "engine/thread_pool.h"
@@ -49,6 +51,7 @@ using nanogpt::Utf8Stream;
 using nanogpt::Weights;
 
 using Floats = py::array_t<float, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
 
 // Ids from a list or an integer array of one dimension, each checked before it becomes 32 bits.
 std::vector<int32_t> ids_of(const py::handle& object, int64_t vocab_size) {
@@ -156,6 +159,78 @@ nanogpt::Tensor tensor_of(const std::string& name, const py::buffer_info& info,
   return tensor;
 }
 
+int32_t id_of(int64_t token, int64_t vocab_size) {
+  if (token < 0 || token >= vocab_size) {
+    throw UsageError("token " + std::to_string(token) + " is outside the vocabulary of " +
+                     std::to_string(vocab_size));
+  }
+  return static_cast<int32_t>(token);
+}
+
+// A reward with the tokenizers that it reads.
+class RewardObject {
+ public:
+  using Tokenizers = std::vector<std::shared_ptr<const Tokenizer>>;
+
+  RewardObject(std::unique_ptr<nanogpt::Reward> reward, Tokenizers tokenizers)
+      : tokenizers_(std::move(tokenizers)), reward_(std::move(reward)) {}
+
+  size_t vocab_size() const { return reward_->vocab_size(); }
+  nanogpt::Reward& reward() const { return *reward_; }
+  const Tokenizers& tokenizers() const { return tokenizers_; }
+  RewardObject copy() const { return RewardObject(reward_->clone(), tokenizers_); }
+
+  Doubles candidates() {
+    const double* values = reward_->of_candidates();
+    Doubles out(static_cast<py::ssize_t>(vocab_size()));
+    std::copy(values, values + vocab_size(), out.mutable_data());
+    return out;
+  }
+
+  void advance(int64_t token) {
+    reward_->advance(id_of(token, static_cast<int64_t>(vocab_size())));
+  }
+
+ private:
+  Tokenizers tokenizers_;  // before the reward, so that they go last
+  std::unique_ptr<nanogpt::Reward> reward_;
+};
+
+// Python tells them apart by their classes.
+struct TokenRewardObject : RewardObject {
+  using RewardObject::RewardObject;
+};
+struct CharRewardObject : RewardObject {
+  using RewardObject::RewardObject;
+};
+struct TermRewardObject : RewardObject {
+  using RewardObject::RewardObject;
+};
+struct SumRewardObject : RewardObject {
+  using RewardObject::RewardObject;
+};
+
+std::vector<double> token_rewards_of(const py::handle& object) {
+  const auto values = PyCallable_Check(object.ptr()) ? Doubles() : Doubles::ensure(object);
+  if (!values || values.ndim() != 1 || values.shape(0) < 1) {
+    PyErr_Clear();
+    throw py::type_error(
+        "a reward of the native engine is one of its own objects or a number for every id, (V,); "
+        "functions are for engine=\"torch\"");
+  }
+  return std::vector<double>(values.data(), values.data() + values.shape(0));
+}
+
+// A reward of its own for one text, or nothing for None.
+std::unique_ptr<RewardObject> reward_of(const py::handle& object) {
+  if (object.is_none()) return nullptr;
+  if (py::isinstance<RewardObject>(object)) {
+    return std::make_unique<RewardObject>(object.cast<const RewardObject&>().copy());
+  }
+  return std::make_unique<RewardObject>(nanogpt::token_reward(token_rewards_of(object)),
+                                        RewardObject::Tokenizers());
+}
+
 class TokenStream;
 
 // A model that is ready to compute.
@@ -257,12 +332,9 @@ class Engine {
   }
 
   Floats decode(int64_t token) {
-    if (token < 0 || token >= config().vocab_size) {
-      throw UsageError("token " + std::to_string(token) + " is outside the vocabulary of " +
-                       std::to_string(config().vocab_size));
-    }
+    const int32_t id = id_of(token, config().vocab_size);
     Floats out(static_cast<py::ssize_t>(config().vocab_size));
-    append({static_cast<int32_t>(token)}, out, false);
+    append({id}, out, false);
     return out;
   }
 
@@ -337,8 +409,11 @@ class Engine {
 class TokenStream {
  public:
   TokenStream(std::shared_ptr<Engine> engine, std::vector<int32_t> prompt,
-              const nanogpt::GenerateOptions& options)
-      : engine_(std::move(engine)), prompt_(std::move(prompt)), options_(options) {}
+              const nanogpt::GenerateOptions& options, std::unique_ptr<RewardObject> reward)
+      : engine_(std::move(engine)),
+        prompt_(std::move(prompt)),
+        options_(options),
+        reward_(std::move(reward)) {}
 
   // Takes the engine's context.
   void begin() {
@@ -348,9 +423,17 @@ class TokenStream {
 
   bool probabilities() const { return options_.probabilities; }
 
+  // Reward, log Z and KL of the token that was given last.
+  std::optional<std::tuple<double, double, double>> details() const {
+    if (!options_.details || !last_) return std::nullopt;
+    return std::make_tuple(last_->reward, last_->log_z, last_->kl);
+  }
+
   std::optional<Step> next() {
     const auto turn = engine_->take_turn();
-    return next_in_turn();
+    const auto step = next_in_turn();
+    if (step) last_ = step;
+    return step;
   }
 
   // The whole text in one turn. Ctrl-C is looked for a few times a second.
@@ -376,7 +459,8 @@ class TokenStream {
   void begin_in_turn() {
     engine_->begin();
     era_ = engine_->era_;
-    generator_ = std::make_unique<Generator>(*engine_->decoder_, std::move(prompt_), options_);
+    generator_ = std::make_unique<Generator>(*engine_->decoder_, std::move(prompt_), options_,
+                                             reward_ ? &reward_->reward() : nullptr);
   }
 
   std::optional<Step> next_in_turn() {
@@ -389,7 +473,9 @@ class TokenStream {
   std::shared_ptr<Engine> engine_;
   std::vector<int32_t> prompt_;
   nanogpt::GenerateOptions options_;
+  std::unique_ptr<RewardObject> reward_;
   std::unique_ptr<Generator> generator_;
+  std::optional<Step> last_;
   uint64_t era_ = 0;
 };
 
@@ -398,7 +484,8 @@ std::shared_ptr<TokenStream> stream_of(std::shared_ptr<Engine> engine, const py:
                                        std::optional<int64_t> top_k, std::optional<double> top_p,
                                        std::optional<double> min_p, double repetition_penalty,
                                        uint64_t seed, uint32_t row, std::optional<int64_t> eos,
-                                       bool probabilities) {
+                                       bool probabilities, const py::handle& reward, double beta,
+                                       std::optional<int64_t> reward_top_k, bool details) {
   nanogpt::GenerateOptions options;
   if (max_new_tokens < 0) throw UsageError("max_new_tokens must be at least 0");
   options.max_new_tokens = max_new_tokens;
@@ -411,8 +498,12 @@ std::shared_ptr<TokenStream> stream_of(std::shared_ptr<Engine> engine, const py:
   }
   options.calibration_temperature = engine->calibration().value_or(1.0);
   options.probabilities = probabilities;
+  options.beta = beta;
+  options.reward_top_k = reward_top_k;
+  options.details = details;
   auto prompt = engine->some_ids(tokens);
-  return std::make_shared<TokenStream>(std::move(engine), std::move(prompt), options);
+  return std::make_shared<TokenStream>(std::move(engine), std::move(prompt), options,
+                                       reward_of(reward));
 }
 
 // What a decoder takes here; asked of one for the smallest model.
@@ -466,13 +557,17 @@ void bind_engine(py::module_& module) {
   py::class_<TokenStream, std::shared_ptr<TokenStream>>(
       module, "TokenStream", "An iterator over (id, probability or None) of one text.")
       .def("__iter__", [](py::object self) { return self; })
-      .def("__next__", [](TokenStream& self) {
-        const auto step = self.next();
-        if (!step) throw py::stop_iteration();
-        py::object probability = py::none();
-        if (self.probabilities()) probability = py::float_(step->probability);
-        return py::make_tuple(step->token, probability);
-      });
+      .def("__next__",
+           [](TokenStream& self) {
+             const auto step = self.next();
+             if (!step) throw py::stop_iteration();
+             py::object probability = py::none();
+             if (self.probabilities()) probability = py::float_(step->probability);
+             return py::make_tuple(step->token, probability);
+           })
+      .def_property_readonly(
+          "details", &TokenStream::details,
+          "(reward, log Z, KL) of the last token, in nats; None unless asked for.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(
       module, "Engine",
@@ -521,30 +616,37 @@ void bind_engine(py::module_& module) {
           [](std::shared_ptr<Engine> engine, const py::handle& tokens, int64_t max_new_tokens,
              double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
              std::optional<double> min_p, double repetition_penalty, uint64_t seed, uint32_t row,
-             std::optional<int64_t> eos, bool probabilities) {
-            auto stream =
-                stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k, top_p,
-                          min_p, repetition_penalty, seed, row, eos, probabilities);
+             std::optional<int64_t> eos, bool probabilities, const py::object& reward, double beta,
+             std::optional<int64_t> reward_top_k, bool details) {
+            auto stream = stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k,
+                                    top_p, min_p, repetition_penalty, seed, row, eos, probabilities,
+                                    reward, beta, reward_top_k, details);
             stream->begin();
             return stream;
           },
           "tokens"_a, "max_new_tokens"_a, py::kw_only(), "temperature"_a = 1.0,
           "top_k"_a = py::none(), "top_p"_a = py::none(), "min_p"_a = py::none(),
           "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0, "eos"_a = py::none(),
-          "probabilities"_a = false,
+          "probabilities"_a = false, "reward"_a = py::none(), "beta"_a = 1.0,
+          "reward_top_k"_a = py::none(), "details"_a = false,
           "Continue a text, token by token: an iterator over (id, probability or None).\n\n"
           "tokens may be longer than the context. eos ends the text and is not given out. The\n"
           "draw is that of nanogpt.decoding, so the same seed and row give the same text. A\n"
-          "stream cannot go on once the engine has been used for something else.")
+          "stream cannot go on once the engine has been used for something else.\n\n"
+          "reward, a Reward or (V,) numbers, times beta (a multiplier: more is greedier) is added\n"
+          "to the log-probabilities that the filters left; the object given stays where it is.\n"
+          "reward_top_k draws from so many of the likeliest ids alone, where beta is not 0. With\n"
+          "details the stream's `details` hold each token's reward, log Z and exact KL.")
       .def(
           "generate",
           [](std::shared_ptr<Engine> engine, const py::handle& tokens, int64_t max_new_tokens,
              double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
              std::optional<double> min_p, double repetition_penalty, uint64_t seed, uint32_t row,
-             std::optional<int64_t> eos, bool probabilities) {
-            const auto stream =
-                stream_of(std::move(engine), tokens, max_new_tokens, temperature, top_k, top_p,
-                          min_p, repetition_penalty, seed, row, eos, probabilities);
+             std::optional<int64_t> eos, bool probabilities, const py::object& reward, double beta,
+             std::optional<int64_t> reward_top_k) {
+            const auto stream = stream_of(std::move(engine), tokens, max_new_tokens, temperature,
+                                          top_k, top_p, min_p, repetition_penalty, seed, row, eos,
+                                          probabilities, reward, beta, reward_top_k, false);
             py::list ids, of_ids;
             for (const Step& step : stream->all()) {
               ids.append(step.token);
@@ -555,7 +657,8 @@ void bind_engine(py::module_& module) {
           "tokens"_a, "max_new_tokens"_a, py::kw_only(), "temperature"_a = 1.0,
           "top_k"_a = py::none(), "top_p"_a = py::none(), "min_p"_a = py::none(),
           "repetition_penalty"_a = 1.0, "seed"_a, "row"_a = 0, "eos"_a = py::none(),
-          "probabilities"_a = false,
+          "probabilities"_a = false, "reward"_a = py::none(), "beta"_a = 1.0,
+          "reward_top_k"_a = py::none(),
           "As stream, at once: (new ids, their probabilities, empty unless asked for).");
 }
 
@@ -606,6 +709,58 @@ void bind_text(py::module_& module) {
           "feed", [](StopText& self, const std::string& text) { return self.feed(text); }, "text"_a)
       .def("flush", &StopText::flush)
       .def_property_readonly("found", &StopText::found);
+}
+
+void bind_rewards(py::module_& module) {
+  py::class_<RewardObject>(module, "Reward",
+                           "Rewards of every id that could be written next, V of them.\n\n"
+                           "Only what is written counts, never the prompt.")
+      .def("candidates", &RewardObject::candidates,
+           "(V,) float64: the reward of writing each id next.")
+      .def("advance", &RewardObject::advance, "id"_a,
+           "Tell which id was written. Raises UsageError for one outside the vocabulary.")
+      .def("copy", &RewardObject::copy,
+           "The same reward at the same place, which goes on by itself.")
+      .def_property_readonly("vocab_size", &RewardObject::vocab_size);
+
+  py::class_<TokenRewardObject, RewardObject>(module, "TokenReward")
+      .def(py::init([](const py::handle& values) {
+             return TokenRewardObject(nanogpt::token_reward(token_rewards_of(values)), {});
+           }),
+           "values"_a, "The same (V,) numbers at every step.");
+  py::class_<CharRewardObject, RewardObject>(module, "CharReward")
+      .def(py::init([](std::shared_ptr<Tokenizer> tokenizer, const std::string& characters) {
+             const py::gil_scoped_release release;
+             return CharRewardObject(nanogpt::char_reward(*tokenizer, characters), {});
+           }),
+           "tokenizer"_a.none(false), "characters"_a,
+           "1 for an id whose last character is one of these, else 0.\n\n"
+           "Raises InputError for a character with which no id ends, and where there is none.");
+  py::class_<TermRewardObject, RewardObject>(module, "TermReward")
+      .def(
+          py::init([](std::shared_ptr<Tokenizer> tokenizer, const std::vector<std::string>& terms) {
+            const py::gil_scoped_release release;
+            auto reward = nanogpt::term_reward(*tokenizer, terms);
+            return TermRewardObject(std::move(reward), {std::move(tokenizer)});
+          }),
+          "tokenizer"_a.none(false), "terms"_a,
+          "Progress through distinct terms, whole words in whatever case, across ids.\n\n"
+          "The rewards of a text's ids add up to the terms in it, plus what is unfinished at its\n"
+          "end. Raises InputError for a term that the vocabulary cannot write, and for an empty\n"
+          "one.");
+  py::class_<SumRewardObject, RewardObject>(module, "SumReward")
+      .def(py::init([](const std::vector<std::pair<const RewardObject*, double>>& parts) {
+             std::vector<nanogpt::WeightedReward> copies;
+             RewardObject::Tokenizers tokenizers;
+             for (const auto& [part, weight] : parts) {
+               if (part == nullptr) throw py::type_error("a part of a sum is a Reward, not None");
+               copies.push_back({part->reward().clone(), weight});
+               tokenizers.insert(tokenizers.end(), part->tokenizers().begin(),
+                                 part->tokenizers().end());
+             }
+             return SumRewardObject(nanogpt::sum_reward(std::move(copies)), std::move(tokenizers));
+           }),
+           "parts"_a, "Of (reward, weight): copies of them, which go on together.");
 }
 
 // A sampler that checks what Python gives it.
@@ -668,5 +823,6 @@ PYBIND11_MODULE(_C, module) {
              "What this processor is used with; NANOGPT_ISA forces one.");
   bind_engine(module);
   bind_text(module);
+  bind_rewards(module);
   bind_sampling(module);
 }

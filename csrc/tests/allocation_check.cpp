@@ -5,10 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "engine/decoder.h"
 #include "engine/generator.h"
 #include "engine/model_file.h"
+#include "engine/rewards.h"
+#include "engine/tokenizer.h"
 
 namespace {
 std::atomic<long> allocations{0};
@@ -41,7 +45,16 @@ int main(int count, char** words) {
   options.filters.top_p = 0.95;
   options.filters.repetition_penalty = 1.1;
   options.probabilities = true;
-  nanogpt::Generator generator(decoder, {1, 2, 3}, options);
+  options.beta = 2.0;
+  options.reward_top_k = 15;
+  options.details = true;
+  const auto tokenizer = nanogpt::Tokenizer::from_json(file.tokenizer_json());
+  std::vector<nanogpt::WeightedReward> parts;
+  parts.push_back({nanogpt::char_reward(*tokenizer, "ae"), 0.5});
+  parts.push_back({nanogpt::term_reward(*tokenizer, {"a", "b", "gene", "gene therapy"}), 3.0});
+  // A copy has its own buffers.
+  const auto reward = nanogpt::sum_reward(std::move(parts))->clone();
+  nanogpt::Generator generator(decoder, {1, 2, 3}, options, reward.get());
   for (int i = 0; i < 100; ++i) generator.next();
   const long before = allocations;
   for (int i = 0; i < 100; ++i) generator.next();

@@ -25,7 +25,7 @@ import torch
 
 from nanogpt.cache import KVCache
 from nanogpt.decoding import window_start
-from nanogpt.errors import NanoGPTError
+from nanogpt.errors import NanoGPTError, UsageError
 from nanogpt.export import torchscript
 from nanogpt.export.quantize import dequantized_model
 from nanogpt.model import GPT
@@ -222,6 +222,8 @@ def _walk(engine: Engine, text: torch.Tensor, block_size: int) -> Iterator[torch
 def _opened(make: Any, path: Path) -> Any:
     try:
         return make(path)
+    except UsageError:  # NANOGPT_ISA names what this processor lacks
+        raise
     except Exception as error:
         summary = str(error).partition("\n")[0]
         raise NanoGPTError(f"what was exported cannot be read back: {summary}") from error
