@@ -438,7 +438,8 @@ def generate(
         "probabilities": return_details,
     }
     if _picks_native(engine, model, use_cache and not use_graph):
-        new, of_new, lengths = _native_rows(model, tokens, max_new_tokens, ended, **options)
+        new, values, lengths = native_rows(model, tokens, max_new_tokens, ended, **options)
+        of_new = values[..., 0]
     else:
         options |= {"use_cache": use_cache, "use_graph": use_graph}
         new, of_new, lengths = _columns(model, tokens, max_new_tokens, ended, **options)
@@ -501,7 +502,7 @@ def _columns(
     return new, of_new, torch.tensor(lengths, device=new.device)
 
 
-def _native_rows(
+def native_rows(
     model: "GPT",
     tokens: torch.Tensor,
     max_new_tokens: int,
@@ -511,15 +512,22 @@ def _native_rows(
     seed: int | None,
     first_row: int,
     probabilities: bool,
+    **reward: Any,
 ) -> _Collected:
-    """As `_columns`, row after row in the compiled engine."""
+    """Row after row in the compiled engine.
+
+    Args:
+        reward: of its `stream`: reward, beta, reward_top_k, details.
+    Returns: ids (B, new); (B, new, 4) float64, of each its probability, reward, log Z and KL, 0
+        where they were not asked for; lengths (B,).
+    """
     rows: list[list[int]] = []
-    of_rows: list[list[float]] = []
+    of_rows: list[list[tuple[float, float, float, float]]] = []
     with native.turn(model):
         engine = native.engine_for(model)
         for row, prompt in enumerate(tokens.tolist()):
             ids: list[int] = []
-            of_ids: list[float] = []
+            of_ids: list[tuple[float, float, float, float]] = []
             steps = engine.stream(
                 prompt,
                 max_new_tokens,
@@ -527,20 +535,21 @@ def _native_rows(
                 seed=int(seed or 0) & (2**64 - 1),
                 row=first_row + row,
                 probabilities=probabilities,
+                **reward,
             )
             for token, probability in steps:
                 ids.append(token)
-                of_ids.append(probability or 0.0)
+                of_ids.append((probability or 0.0, *(steps.details or (0.0, 0.0, 0.0))))
                 if ended is not None and ended[row](token):
                     break
             rows.append(ids)
             of_rows.append(of_ids)
     lengths = torch.tensor([len(ids) for ids in rows])
     new = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    of_new = torch.zeros(new.shape, dtype=torch.float64)
+    of_new = torch.zeros(*new.shape, 4, dtype=torch.float64)
     for row, (ids, of_ids) in enumerate(zip(rows, of_rows, strict=True)):
         new[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        of_new[row, : len(ids)] = torch.tensor(of_ids, dtype=torch.float64)
+        of_new[row, : len(ids)] = torch.tensor(of_ids, dtype=torch.float64).view(-1, 4)
     return new, of_new, lengths
 
 

@@ -14,7 +14,7 @@ step rewards, and the estimate of Z is unbiased for any number.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,13 @@ from nanogpt.decoding import (
     fill_beyond_ends,
     generate,
     keep_top_k,
+    native_rows,
     philox,
     row_enders,
     stream,
 )
-from nanogpt.rewards import Reward, RewardError, RewardState, as_reward
+from nanogpt.errors import InputError
+from nanogpt.rewards import Reward, RewardError, RewardState, as_reward, compiled
 from nanogpt.tilt import Tilt, tilt
 
 if TYPE_CHECKING:
@@ -132,16 +134,20 @@ def generate_reward_augmented(
         Carlo (arXiv:2404.17546), algorithm 1 without twists.
     """
     reward = as_reward(reward_fn)
+    reward.check_model(model)
     filters = Filters(temperature, top_k, top_p, min_p, repetition_penalty)
     _check(model, tokens, max_new_tokens, beta, first_row, reward_top_k, num_particles, temperature)
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     rows = len(tokens) * num_particles
     ended = row_enders(model.tokenizer, rows, stops, eos_token_id)
-    _check_engine(engine, model, reward, num_particles, use_cache and not use_graph)
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
-    if reward_top_k is None and not reward.scores_all:
-        reward_top_k = _SOME_CANDIDATES if model.config.vocab_size > _ALL_CANDIDATES else None
+    if _picks_native(engine, model, reward, num_particles, beta, use_cache and not use_graph):
+        return _written_natively(
+            model, tokens, max_new_tokens, reward, beta, ended, eos_token_id, return_details,
+            filters=filters, seed=seed, first_row=first_row, reward_top_k=reward_top_k,
+        )  # fmt: skip
+    reward_top_k = _candidates(reward, reward_top_k, model.config.vocab_size)
     tilting = _Tilting(
         reward,
         tokens.repeat_interleave(num_particles, 0),
@@ -178,6 +184,75 @@ def generate_reward_augmented(
     finally:
         model.train(was_training)
     return _result(model, tokens, columns, tilting, eos_token_id, return_details)
+
+
+@dataclass(frozen=True)
+class RewardedStep:
+    """One new token of every row and, where asked for, what its reward came to.
+
+    Attributes:
+        tokens: (B,) int64.
+        probabilities: (B,) float64, the model's, before filters and rewards; or None.
+        rewards, kl, log_z: (B,) float64, of this step, as in `RewardedGeneration`; or None.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None
+    rewards: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    log_z: torch.Tensor | None = None
+
+
+def stream_reward_augmented(
+    model: "GPT",
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    reward_fn: Any,
+    beta: float,
+    *,
+    filters: Filters,
+    seed: int | None = None,
+    first_row: int = 0,
+    reward_top_k: int | None = None,
+    probabilities: bool = False,
+    details: bool = False,
+) -> Iterator[RewardedStep]:
+    """Yield new tokens one step at a time, with one particle, in torch; nothing ends a row.
+
+    Same arguments as `generate_reward_augmented`; the model is to be in evaluation mode.
+    """
+    reward = as_reward(reward_fn)
+    reward.check_model(model)
+    _check(model, tokens, max_new_tokens, beta, first_row, reward_top_k, 1, filters.temperature)
+    tilting = _Tilting(
+        reward,
+        tokens,
+        model.config.vocab_size,
+        beta,
+        ended=None,
+        reward_top_k=_candidates(reward, reward_top_k, model.config.vocab_size),
+        details=details,
+        particles=_Particles(len(tokens), 1, 0, first_row),
+        last=tokens.shape[1] + max_new_tokens - 1,
+    )
+    for step in stream(
+        model,
+        tokens,
+        max_new_tokens,
+        filters=filters,
+        seed=seed,
+        first_row=first_row,
+        probabilities=probabilities,
+        steering=tilting,
+    ):
+        of_step = tilting.of_step
+        yield RewardedStep(
+            step.tokens,
+            step.probabilities,
+            of_step.get("reward"),
+            of_step.get("kl"),
+            of_step.get("log_z"),
+        )
 
 
 class _Tilting:
@@ -574,20 +649,78 @@ def unfit(model: "GPT", reward: Reward, num_particles: int) -> str | None:
     """Why the compiled engine cannot write with this reward, in words, or None."""
     if num_particles > 1:
         return "it writes one text at a time, and num_particles > 1 needs several"
-    return native.unfit(model) or "it knows no rewards from Python"
+    reason = native.unfit(model)
+    if reason is None and compiled(reward, model.config.vocab_size) is None:
+        reason = (
+            f"it has rewards of tokens, characters and terms and their sums, and "
+            f"{reward.__name__!r} is another"
+        )
+    return reason
 
 
-def _check_engine(
-    engine: str, model: "GPT", reward: Reward, num_particles: int, with_cache: bool
-) -> None:
-    """A named engine never falls back."""
+def _picks_native(
+    engine: str,
+    model: "GPT",
+    reward: Reward,
+    num_particles: int,
+    beta: float,
+    with_cache: bool,
+) -> bool:
+    """Whether `engine` means the compiled one; a named engine never falls back."""
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f"engine must be auto, torch or native, not {engine!r}")
     if engine == "native" and not with_cache:
         raise ValueError("use_cache=False and use_graph=True are of engine='torch'")
+    if engine == "torch" or not with_cache:
+        return False
     reason = unfit(model, reward, num_particles)
     if engine == "native" and reason is not None:
         raise RuntimeError(f"the native engine cannot write with this reward: {reason}")
+    return reason is None
+
+
+def _written_natively(
+    model: "GPT",
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    reward: Reward,
+    beta: float,
+    ended: list[RowEnder] | None,
+    eos_token_id: int | None,
+    return_details: bool,
+    **options: Any,
+) -> torch.Tensor | RewardedGeneration:
+    try:
+        new, values, lengths = native_rows(
+            model,
+            tokens,
+            max_new_tokens,
+            ended,
+            reward=compiled(reward, model.config.vocab_size),
+            beta=beta,
+            probabilities=return_details,
+            details=return_details,
+            **options,
+        )
+    except InputError as error:  # what it says of rewards is said of the reward's values here
+        raise ValueError(f"the reward {reward.__name__!r}: {error}") from None
+    new, beyond = fill_beyond_ends(model, new, lengths, eos_token_id)
+    sequences = torch.cat([tokens, new], 1)
+    if not return_details:
+        return sequences
+    probabilities, rewards, log_z, kl = values.masked_fill(beyond[..., None], 0.0).unbind(-1)
+    one = torch.ones(len(tokens), dtype=torch.float64)
+    return RewardedGeneration(
+        sequences, probabilities, lengths, rewards, kl, log_z, log_z.sum(1), one,
+        torch.zeros(len(tokens), dtype=torch.int64), sequences[:, None], one[:, None],
+    )  # fmt: skip
+
+
+def _candidates(reward: Reward, reward_top_k: int | None, vocab_size: int) -> int | None:
+    """How many of the likeliest tokens are scored; None is all."""
+    if reward_top_k is None and not reward.scores_all and vocab_size > _ALL_CANDIDATES:
+        return _SOME_CANDIDATES
+    return reward_top_k
 
 
 @dataclass(frozen=True)
@@ -636,6 +769,7 @@ def best_of_n(
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     reward = as_reward(reward_fn)
+    reward.check_model(model)
     written = generate(
         model,
         tokens.repeat_interleave(n, 0),
@@ -709,9 +843,7 @@ class RewardAugmentedLogitsProcessor:
     def _follow(self, input_ids: torch.Tensor, vocab_size: int) -> None:
         rows = self._continued(input_ids)
         if rows is None or self._tilting is None:
-            top_k = self.reward_top_k
-            if top_k is None and not self.reward.scores_all and vocab_size > _ALL_CANDIDATES:
-                top_k = _SOME_CANDIDATES
+            top_k = _candidates(self.reward, self.reward_top_k, vocab_size)
             particles = _Particles(len(input_ids), 1, 0, 0)
             self._tilting = _Tilting(
                 self.reward, input_ids, vocab_size, self.beta, ended=None, reward_top_k=top_k,

@@ -22,12 +22,16 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nanogpt import native
 from nanogpt.errors import InputError
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt import _C
 
 TextReward = Callable[..., Sequence[float]]
 
@@ -113,6 +117,10 @@ class Reward(ABC):
         Raises: TypeError where `kind` is not "last token"; ValueError for another vocabulary.
         """
         raise TypeError(f"the rewards of {self.__name__} depend on more than the last token")
+
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError, in words, where this reward cannot go with a GPT."""
+        del model  # most rewards go with any
 
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
@@ -408,6 +416,7 @@ class TermReward(Reward):
         self.terms = list(terms)
         self.tokenizer = tokenizer
         self.__name__ = "term_reward"
+        self.compiled: _C.Reward | None = None
         if not self.terms:
             raise ValueError("there are no terms to reward")
         self._automaton = _TermAutomaton([_checked_term(t) for t in self.terms], tokenizer)
@@ -431,7 +440,7 @@ class TermReward(Reward):
         return torch.tensor(worth, dtype=torch.float32, device=tokens.device)
 
     def begin(self, prompt: torch.Tensor) -> RewardState:
-        first = _compiled_term_row(self) or _TermRow(self._automaton)
+        first: _TokenRow = _compiled_term_row(self) or _TermRow(self._automaton)
         return _RowStates([first.copy() for _ in range(len(prompt))], prompt.device)
 
 
@@ -482,8 +491,39 @@ class _TokenRow(Protocol):
     def copy(self) -> "_TokenRow": ...
 
 
-def _compiled_term_row(reward: TermReward) -> _TokenRow | None:
-    """A row of the compiled engine, or None where there is none."""
+def _compiled_term_row(reward: TermReward) -> "_C.Reward | None":
+    """A row of the compiled engine at the start of a text, to be copied; None where it is not.
+
+    It is made once: reading a large vocabulary takes longer than writing.
+    """
+    if not native.available():
+        return None
+    if reward.compiled is None:
+        reward.compiled = native.term_reward(reward.terms, reward.tokenizer)
+    return reward.compiled
+
+
+def compiled(reward: Reward, vocab_size: int) -> "_C.Reward | None":
+    """The reward as the compiled engine has it, at the start of a text.
+
+    Those of the last token alone, of terms, and weighted sums of such; None for all others, for
+    values that are no numbers, and where there is no engine.
+    """
+    if not native.available():
+        return None
+    if reward.kind == "last token":
+        values = reward.token_rewards(vocab_size)
+        if not bool((values < math.inf).all()):  # NaN too
+            return None
+        return native.token_reward(values.tolist())
+    if isinstance(reward, TermReward):
+        return _compiled_term_row(reward)
+    if isinstance(reward, CombinedReward):
+        # A part of weight 0 is left out: 0 times -inf is no number.
+        parts = [(compiled(part, vocab_size), w) for part, w in reward.parts if w]
+        known = [(part, weight) for part, weight in parts if part is not None]
+        if known and len(known) == len(parts):
+            return native.sum_reward(known)
     return None
 
 
@@ -664,7 +704,7 @@ def _decode(held: bytes, raw: bytes) -> tuple[str, bytes]:
     return text, decoder.getstate()[0]
 
 
-class _PrefixReward(Reward):
+class PrefixReward(Reward):
     """Rewards whose values are computed for whole prefixes, one call a step."""
 
     kind = "prefix"
@@ -698,7 +738,7 @@ class _PrefixReward(Reward):
 class _PrefixState(RewardState):
     """Texts so far and their values; a step's reward is the difference."""
 
-    def __init__(self, reward: _PrefixReward, prompt: torch.Tensor) -> None:
+    def __init__(self, reward: PrefixReward, prompt: torch.Tensor) -> None:
         self.reward, self.texts, self.prompt_length = reward, prompt, prompt.shape[1]
         self.owners = list(range(len(prompt)))
         self.value = torch.zeros(len(prompt), dtype=torch.float64, device=prompt.device)
@@ -732,7 +772,7 @@ class _PrefixState(RewardState):
         self.owners = [self.owners[row] for row in rows.tolist()]
 
 
-class IdsReward(_PrefixReward):
+class IdsReward(PrefixReward):
     """Any function of ids, (N, T) int64 -> (N,), as a reward; see `ids_reward_fn`."""
 
     def __init__(self, function: Callable[[torch.Tensor], Any], *, per_step: bool = False) -> None:
@@ -759,7 +799,7 @@ class IdsReward(_PrefixReward):
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        sums = Reward.totals if self.per_step else _PrefixReward.totals
+        sums = Reward.totals if self.per_step else PrefixReward.totals
         return sums(self, prompt, new, lengths)
 
 
@@ -782,7 +822,7 @@ def ids_reward_fn(function: Callable[[torch.Tensor], Any], *, per_step: bool = F
     return IdsReward(function, per_step=per_step)
 
 
-class TextFunctionReward(_PrefixReward):
+class TextFunctionReward(PrefixReward):
     """A reward in TRL's signature during decoding; see `text_reward_fn`."""
 
     def __init__(
@@ -942,6 +982,10 @@ class CombinedReward(Reward):
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([weight * reward(tokens) for reward, weight in self.parts]).sum(0)
+
+    def check_model(self, model: Any) -> None:
+        for reward, _ in self.parts:
+            reward.check_model(model)
 
     def token_rewards(self, vocab_size: int) -> torch.Tensor:
         rewards = [w * r.token_rewards(vocab_size) for r, w in self.parts if w]

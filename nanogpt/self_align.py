@@ -329,8 +329,7 @@ class SelfAlignTrainer:
             "unit": self._unit,
             "tilts": [asdict(one) for one in self._tilts],
             "drawn": [
-                {"samples": vars(one.samples).copy(), "rewards": one.rewards}
-                for one in self._drawn
+                {"samples": vars(one.samples).copy(), "rewards": one.rewards} for one in self._drawn
             ],
         }
 
@@ -775,9 +774,7 @@ class GPTPolicy:
         assert logits is not None
         return logits[:, self.prompt_tokens - 1 :].float().log_softmax(-1)
 
-    def fit(
-        self, pool: Samples, weights: torch.Tensor, anchor: float, seed: int
-    ) -> "GPTPolicy":
+    def fit(self, pool: Samples, weights: torch.Tensor, anchor: float, seed: int) -> "GPTPolicy":
         config, device = self.config, self.device
         assert pool.tokens is not None
         tokens, p = pool.tokens, self.prompt_tokens
@@ -793,7 +790,10 @@ class GPTPolicy:
         model.train()
         lr = config.learning_rate or default_learning_rate(model.config.n_embd) / 8
         groups = [
-            {"params": [q for q in model.parameters() if q.dim() >= 2], "weight_decay": config.weight_decay},
+            {
+                "params": [q for q in model.parameters() if q.dim() >= 2],
+                "weight_decay": config.weight_decay,
+            },
             {"params": [q for q in model.parameters() if q.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
@@ -808,12 +808,19 @@ class GPTPolicy:
             w = torch.cat([weights, torch.ones(n_anchor, dtype=torch.float64)])
             order = torch.from_numpy(rng.permutation(len(x)))
             for rows in order.split(config.batch_size):
-                scale = min((done + 1) / warm, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / total)))
+                scale = min(
+                    (done + 1) / warm, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / total))
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = lr * scale
                 logits, _ = model(x[rows].to(device))
                 assert logits is not None
-                nll = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten().to(device), reduction="none", ignore_index=-100)
+                nll = F.cross_entropy(
+                    logits.flatten(0, 1),
+                    y[rows].flatten().to(device),
+                    reduction="none",
+                    ignore_index=-100,
+                )
                 of_row = nll.view(len(rows), -1).sum(1)
                 loss = (of_row * w[rows].to(device).float()).sum() / (len(rows) * mean_targets)
                 loss.backward()
@@ -868,7 +875,9 @@ class TermReward:
         usual_nll: the base's mean nats per token above which a text is less fluent than real ones.
     """
 
-    def __init__(self, terms: Sequence[str], usual_nll: float = math.inf, term_weight: float = 1.0) -> None:
+    def __init__(
+        self, terms: Sequence[str], usual_nll: float = math.inf, term_weight: float = 1.0
+    ) -> None:
         self.matcher = TermMatcher(terms)
         self.usual_nll = usual_nll
         self.term_weight = term_weight
@@ -877,7 +886,9 @@ class TermReward:
         return torch.tensor([bool(self.matcher.counts(text)) for text in samples.texts])
 
     def __call__(self, samples: Samples) -> torch.Tensor:
-        d = torch.tensor([len(self.matcher.counts(text)) for text in samples.texts], dtype=torch.float64)
+        d = torch.tensor(
+            [len(self.matcher.counts(text)) for text in samples.texts], dtype=torch.float64
+        )
         terms = 1 - 0.5**d
         guard = (samples.base_nll - self.usual_nll).clamp(min=0)
         return self.term_weight * terms - guard

@@ -27,9 +27,9 @@ ALLOWED = {
     "metadata": set(),
     "tilt": set(),
     "judge": set(),
-    "rewards": PURE,
+    "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
-    "reward_model": MODEL | {"checkpoint", "records", "reward_data", "rewards"},
+    "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
@@ -58,7 +58,7 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "confidence", "terms", "_C"},
+    "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
     "__init__": MODEL | {"checkpoint", "rewards"},
