@@ -334,6 +334,10 @@ class SelfAlignTrainer:
             return self.config.kl_budget
         return KL_BUDGET_PER_TOKEN * self.rounds[0]["mean_length"]
 
+    def texts(self, number: int) -> list[str]:
+        """What the base (0), or a round that was kept, has written."""
+        return self._drawn[number].samples.texts
+
     def state(self) -> dict[str, Any]:
         """Everything that goes on from here depends on, beside base, reward and configuration.
 
