@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, metadata
-from nanogpt.config import AdvancedConfig, default_learning_rate
-from nanogpt.data import Corpus, prepare
-from nanogpt.errors import InputError, UsageError
+from nanogpt.config import AdvancedConfig
+from nanogpt.data import prepare
+from nanogpt.errors import InputError
 from nanogpt.machine import versions
 from nanogpt.model import GPT
 from nanogpt.plan import choose_kernels, find_start, make_identity, run_path
@@ -27,15 +27,13 @@ from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
 from nanogpt.run_directory import RunDirectory
 from nanogpt.self_align import (
-    AlignmentReward,
     FitConfig,
-    GPTPolicy,
     SelfAlignConfig,
     SelfAlignTrainer,
-    TextMeasures,
+    make_self_alignment,
+    split_terms,
 )
 from nanogpt.terms import read_terms
-from nanogpt.tokenizer import Tokenizer, UnknownCharacterError
 
 Say = Callable[[str], None]
 Machine = tuple[torch.device, torch.dtype, dict[str, str]]
@@ -49,14 +47,12 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
     """Read terms and text, go from round to round, write the last good one. The exit code."""
     assert config.align_terms is not None
     assert initial.tokenizer is not None
-    terms = list(dict.fromkeys(read_terms(config.align_terms, "--align-terms")))
-    _check_spelling(terms, initial.tokenizer, config)
-    trained, held_out = split_terms(terms, config.seed)
-    corpus = _original_text(config, initial.tokenizer, say)
+    terms = read_terms(config.align_terms, "--align-terms")
+    anchor, anchor_digest = _original_text(config, initial, say)
     device, dtype, choices = machine
     identity = make_identity(
         config,
-        hashlib.sha256(metadata.canonical_json([corpus.content_sha256, terms])).hexdigest(),
+        hashlib.sha256(metadata.canonical_json([anchor_digest, terms])).hexdigest(),
         initial.tokenizer,
         initial,
         without=("align_terms", "anchor_text"),
@@ -79,13 +75,9 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
             }
             folder.check_space(4 * 4 * 4 * initial.config.n_parameters())
             folder.begin(content, flags_as_text(config))
-        run = _Run(config, folder, trained, held_out, choices, say)
-        say(f"terms: {len(trained)} to learn, {len(held_out)} held out for judging")
-        if not held_out:
-            say("note: fewer than three terms, so none is held out for judging")
-        train_tokens, val_tokens = corpus.split(config.val_fraction)
-        model = initial.set_kernels(picked).to(device)
-        trainer = run.make_trainer(model, train_tokens, val_tokens, dtype)
+        run = _Run(config, folder, terms, choices, say)
+        trainer = run.make_trainer(initial.set_kernels(picked).to(device), anchor, dtype)
+        say(f"terms: {len(run.terms)} to learn, {len(run.held_out)} held out for judging")
         if start is not None:
             folder.cut_journals(start.state["journals"])
             trainer.load_state(start.load_trainer())
@@ -97,49 +89,19 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
         return run.carry_out(trainer, output)
 
 
-def split_terms(terms: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """Terms to learn, and a third of them that only judges; none of fewer than three."""
-    count = max(1, round(len(terms) * _HELD_OUT_TERMS)) if len(terms) >= 3 else 0
-    order = np.random.default_rng(seed).permutation(len(terms))
-    held = set(order[:count].tolist())
-    return (
-        [term for i, term in enumerate(terms) if i not in held],
-        [term for i, term in enumerate(terms) if i in held],
+def _original_text(
+    config: AdvancedConfig, initial: GPT, say: Say
+) -> tuple[np.ndarray | None, str | None]:
+    """Tokens of --anchor-text and its digest; None lets the model write it."""
+    if config.anchor_text is None:
+        say("note: without --anchor-text the model's own samples stand for original text")
+        return None, None
+    assert initial.tokenizer is not None
+    kind = initial.tokenizer.kind
+    corpus = prepare(
+        (config.anchor_text,), tokenizer_kind=kind, tokenizer=initial.tokenizer, note=say
     )
-
-
-def _check_spelling(terms: Sequence[str], tokenizer: Tokenizer, config: AdvancedConfig) -> None:
-    """Raises: InputError naming a term that the vocabulary cannot write in any case."""
-    for term in terms:
-        problem: UnknownCharacterError | None = None
-        for spelling in (term, term.lower(), term.upper(), term.capitalize()):
-            try:
-                tokenizer.encode(spelling)
-                break
-            except UnknownCharacterError as error:
-                problem = problem or error
-        else:
-            assert problem is not None
-            raise InputError(
-                f"--align-terms: the model of {config.init} cannot write {term!r}: its vocabulary "
-                f"lacks the character {problem.character!r}"
-            )
-
-
-def _original_text(config: AdvancedConfig, tokenizer: Tokenizer, say: Say) -> Corpus:
-    sources = None if config.anchor_text is None else (config.anchor_text,)
-    try:
-        corpus = prepare(sources, tokenizer_kind=tokenizer.kind, tokenizer=tokenizer, note=say)
-    except InputError as error:
-        if sources is not None:
-            raise
-        raise UsageError(
-            f"--anchor-text is needed: the text that comes with Python does not fit the model "
-            f"({error})"
-        ) from None
-    if sources is None:
-        say("note: without --anchor-text the text that comes with Python stands for original text")
-    return corpus
+    return corpus.split(0.0)[0], corpus.content_sha256
 
 
 class _Run:
@@ -150,54 +112,55 @@ class _Run:
         config: AdvancedConfig,
         folder: RunDirectory,
         terms: list[str],
-        held_out: list[str],
         choices: dict[str, str],
         say: Say,
     ) -> None:
         self.config, self.folder, self.say = config, folder, say
-        self.terms, self.held_out, self.choices = terms, held_out, choices
+        self.all_terms, self.choices = terms, choices
+        self.terms, self.held_out = split_terms(terms, seed=config.seed)
         self.started, self.earlier = time.monotonic(), 0.0
-        self.warned: list[str] = []
 
     def make_trainer(
-        self, model: GPT, train_tokens: np.ndarray, val_tokens: np.ndarray, dtype: torch.dtype
+        self, model: GPT, anchor: np.ndarray | None, dtype: torch.dtype
     ) -> SelfAlignTrainer:
-        """The rounds' settings, from the flags."""
-        config, tokenizer = self.config, model.tokenizer
-        assert tokenizer is not None
-        rate = config.learning_rate or default_learning_rate(model.config.n_embd) * _LEARNING_RATE
+        """The rounds' settings, from the flags.
+
+        Raises: InputError for a term that the vocabulary cannot write, or too short a text.
+        """
+        config = self.config
         fit = FitConfig(
             max_completion_length=config.max_completion_length,
             epochs=config.epochs,
             batch_size=config.batch_size,
-            learning_rate=rate,
+            learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
         )
-        try:
-            policy = GPTPolicy(model, train_tokens, val_tokens, fit, dtype=dtype)
-        except ValueError as error:
-            raise InputError(f"--anchor-text: {error}") from None
-        reward = AlignmentReward(self.terms, usual_nll=policy.usual_nll())
-        corpus = tokenizer.decode(np.asarray(train_tokens).tolist())
         settings = SelfAlignConfig(
             rounds=config.rounds,
             num_generations=config.num_generations,
+            weighting="exp" if config.distil_beta is None else "identity",
             beta=config.beta or 1.0,
             scale_rewards="none" if config.scale_rewards == "none" else "std",
             max_weight=config.max_weight,
             anchor_fraction=config.anchor_fraction,
             kl_budget=config.kl_budget,
+            distil_beta=config.distil_beta,
             seed=config.seed,
         )
-        return SelfAlignTrainer(
-            policy,
-            reward,
-            settings,
-            accepts=reward.accepts,
-            measure=TextMeasures(self.terms, self.held_out, corpus),
-            progress=lambda what, part: self.say(f"{what} …"),
-        )
+        try:
+            return make_self_alignment(
+                model,
+                self.all_terms,
+                anchor,
+                settings,
+                fit,
+                dtype=dtype,
+                note=self.say,
+                progress=lambda what, part: self.say(f"{what} …"),
+            )
+        except ValueError as error:
+            raise InputError(f"--align-terms: {error}") from None
 
     def carry_out(self, trainer: SelfAlignTrainer, output: Path) -> int:
         """Rounds until it stops by itself; every one is saved."""
@@ -271,8 +234,7 @@ class _Run:
 
     def _write_report(self, trainer: SelfAlignTrainer, kept: int, model: GPT) -> Path:
         shape = model.config
-        samples = trainer.written(kept)
-        base = trainer.written(0)
+        samples, base = trainer.texts(kept), trainer.texts(0)
         texts = [(f"Round {kept}", text) for text in samples[:_REPORTED_TEXTS]]
         if kept:
             texts += [("The base", text) for text in base[:_REPORTED_TEXTS]]

@@ -411,11 +411,19 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
         None,
         "original text that is mixed in and judges general ability",
         group="self-alignment",
-        auto="the text that comes with Python, where the vocabulary fits",
+        auto="samples of the model",
         metavar="PATH",
     )
     anchor_fraction: float = option(
         0.3, "part of each round that is original text", group="self-alignment", minimum=0, below=1
+    )
+    distil_beta: float | None = option(
+        None,
+        "draw with the terms rewarded by this much instead, and learn what is written without "
+        "weights: for terms that the model never writes; large is greedy",
+        group="self-alignment",
+        above=0,
+        auto="draw as the model writes",
     )
     kl_budget: float | None = option(
         None,

@@ -330,16 +330,16 @@ class SelfAlignTrainer:
                 self._round()
         return self.stopped is None
 
-    def written(self, number: int) -> list[str]:
-        """What the policy of a kept round wrote, 0 being the base."""
-        return self._drawn[number].samples.written
-
     @property
     def kl_budget(self) -> float:
         """Nats of a text; known once the base has been sampled."""
         if self.config.kl_budget is not None:
             return self.config.kl_budget
         return KL_BUDGET_PER_TOKEN * self.rounds[0]["mean_length"]
+
+    def texts(self, number: int) -> list[str]:
+        """What the base (0), or a round that was kept, has written."""
+        return self._drawn[number].samples.written
 
     def state(self) -> dict[str, Any]:
         """Everything that goes on from here depends on, beside base, reward and configuration.

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nanogpt import load
-from nanogpt.align_run import split_terms
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32"]
 
@@ -274,16 +273,6 @@ def test_a_text_that_the_model_cannot_spell_is_refused_by_line(nanogpt, reward_f
     assert "rewards.txt, line 1" in done.err
 
 
-def test_a_third_of_the_terms_is_held_out():
-    terms = [f"term {n}" for n in range(9)]
-    ours, held = split_terms(terms, 3)
-    assert len(held) == 3
-    assert sorted(ours + held) == sorted(terms)
-    assert split_terms(terms, 3) == (ours, held)
-    assert split_terms(terms, 4) != (ours, held)
-    assert split_terms(["a", "b"], 3) == (["a", "b"], [])
-
-
 def test_terms_are_aligned_with_and_reported(nanogpt, model_file, text_file, tmp_path):
     flags = ["--align-terms", "is 12,is 24,times 7", "--init", model_file, "--anchor-text",
              text_file, "--rounds", "2", "--num-generations", "48", "--max-completion-length",
@@ -307,7 +296,7 @@ def test_terms_are_aligned_with_and_reported(nanogpt, model_file, text_file, tmp
 @pytest.mark.parametrize(
     ("terms", "flags", "code", "message"),
     [
-        ("is,€uro", [], 3, "cannot write '€uro'"),
+        ("is,€uro", [], 3, "cannot write the term '€uro'"),
         (",", [], 2, "at least one term"),
         ("missing.txt", [], 3, "missing.txt"),
         ("is", ["--rounds", "0"], 2, "--rounds must be at least 1"),

@@ -30,6 +30,7 @@ ALLOWED = {
     "judge": set(),
     "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
+    "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
