@@ -110,9 +110,9 @@ def longest_common_substring(texts: Sequence[str], corpus: str) -> int:
     pieces = [_code_points(text) for text in texts if text]
     if not pieces or not corpus:
         return 0
-    # Every text ends with a code of its own that the corpus does not have.
-    ends = [np.array([-1 - i]) for i in range(len(pieces))]
-    ours = np.concatenate([part for pair in zip(pieces, ends, strict=True) for part in pair])
+    # Every text ends with a code that the corpus does not have.
+    end = np.array([-1])
+    ours = np.concatenate([part for piece in pieces for part in (piece, end)])
     levels = [_numbers(ours, _code_points(corpus))]
     if not levels[0].common:
         return 0

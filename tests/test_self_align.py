@@ -26,7 +26,7 @@ from nanogpt.self_align import (
     make_self_alignment,
     split_terms,
 )
-from nanogpt.tilt import reward_weights, tilt
+from nanogpt.tilt import effective_sample_size, reward_weights, tilt
 from nanogpt.tokenizer import CharTokenizer
 
 TEXTS = ("plain", "rewarded")
@@ -161,6 +161,16 @@ def test_c1_earlier_samples_add_to_what_a_round_knows():
         return total
 
     assert error(forgets=False) < error(forgets=True)
+
+
+def test_rounds_share_a_pool_by_their_effective_sizes():
+    policy = Table([0.9, 0.1], exact=False)
+    trainer(policy, rounds=3, num_generations=500, beta=0.4).train()
+    rounds = policy.trained[2].split(500)
+    sizes = [effective_sample_size(weights) for weights in rounds]
+    assert sizes[0] < 0.8 * sizes[2]
+    for weights, size in zip(rounds, sizes, strict=True):
+        assert float(weights.sum()) / 1500 == pytest.approx(size / sum(sizes))
 
 
 def test_c2_keeping_the_best_fifth_divides_by_a_fifth():
