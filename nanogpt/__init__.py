@@ -11,16 +11,37 @@ if TYPE_CHECKING:
     from nanogpt.checkpoint import save as save
     from nanogpt.config import GPTConfig as GPTConfig
     from nanogpt.model import GPT as GPT
+    from nanogpt.rewards import char_reward_fn as char_reward_fn
+    from nanogpt.rewards import combine as combine
+    from nanogpt.rewards import domain_term_reward as domain_term_reward
+    from nanogpt.rewards import term_reward_fn as term_reward_fn
+    from nanogpt.rewards import text_reward_fn as text_reward_fn
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "GPT": "nanogpt.model",
     "GPTConfig": "nanogpt.config",
+    "char_reward_fn": "nanogpt.rewards",
+    "combine": "nanogpt.rewards",
+    "domain_term_reward": "nanogpt.rewards",
     "load": "nanogpt.checkpoint",
     "save": "nanogpt.checkpoint",
+    "term_reward_fn": "nanogpt.rewards",
+    "text_reward_fn": "nanogpt.rewards",
 }
-__all__ = ["GPT", "GPTConfig", "__version__", "load", "save"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "__version__",
+    "char_reward_fn",
+    "combine",
+    "domain_term_reward",
+    "load",
+    "save",
+    "term_reward_fn",
+    "text_reward_fn",
+]
 
 
 def __getattr__(name: str) -> Any:

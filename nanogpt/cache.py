@@ -52,6 +52,12 @@ class KVCache:
         """Count `positions` new tokens as filled."""
         self.length += positions
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Let row i go on from row rows[i], (B,) int64; the memory stays where it is."""
+        for stored in (self.keys, self.values):
+            filled = stored[:, :, :, : self.length]
+            filled.copy_(filled.index_select(1, rows))
+
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.length = 0

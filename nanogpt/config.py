@@ -411,11 +411,19 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
         None,
         "original text that is mixed in and judges general ability",
         group="self-alignment",
-        auto="the text that comes with Python, where the vocabulary fits",
+        auto="samples of the model",
         metavar="PATH",
     )
     anchor_fraction: float = option(
         0.3, "part of each round that is original text", group="self-alignment", minimum=0, below=1
+    )
+    distil_beta: float | None = option(
+        None,
+        "draw with the terms rewarded by this much instead, and learn what is written without "
+        "weights: for terms that the model never writes; large is greedy",
+        group="self-alignment",
+        above=0,
+        auto="draw as the model writes",
     )
     kl_budget: float | None = option(
         None,
@@ -426,13 +434,21 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
     )
 
     epochs: int = option(3, "passes over the records", group="training", minimum=1)
+    plain_epochs: int | None = option(
+        None,
+        "passes before those in which every record counts the same; --compare shares them",
+        group="training",
+        minimum=0,
+        auto="as many as --epochs from scratch, 0 with --init",
+    )
     batch_size: int = option(64, "sequences in an optimizer step", group="training", minimum=1)
     learning_rate: float | None = option(
         None,
         "peak learning rate",
         group="training",
         above=0,
-        auto="by the model's width as in train; a quarter of that with --init; 1e-5 in dpo and kto",
+        auto="by the model's width as in train; a quarter of that after --init or --plain-epochs, "
+        "a fortieth in dpo and kto",
     )
     output: str = option(
         "gpt_aligned.pth",
@@ -588,6 +604,49 @@ class ExportConfig:
     )
     verify: bool = option(True, "read the file back and compare before it gets its name")
     json: bool = option(False, "print one JSON object with the outcome")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Fit the temperature at which a model's probabilities are right; show how right they are."""
+
+    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    text: tuple[str, ...] = option(
+        (),
+        "files, folders, globs, .gz or -: text that the model has not seen; half of it is fitted "
+        "to, half of it judges",
+        auto="none: it must be given",
+        metavar="PATH",
+    )
+    encoding_errors: str = option(
+        "strict", "what to do with bytes that are not UTF-8", choices=("strict", "replace")
+    )
+    output: str | None = option(
+        None,
+        "the model file with its temperature: .pth or .safetensors",
+        auto="<model>-calibrated beside the model",
+        metavar="PATH",
+    )
+    report: str | None = option(
+        None, "a page with the reliability diagram", auto="none", metavar="FILE.html"
+    )
+    per_token: bool = option(
+        False, "also fit a temperature for each token, kept only where it judges better"
+    )
+    bins: int = option(15, "bins of the reliability diagram and the ECE", minimum=1, maximum=1000)
+    seed: int = option(0, "of the two halves and the intervals", minimum=0, below=2**63)
+    batch_size: int | None = option(
+        None,
+        "windows computed at once",
+        group="machine",
+        minimum=1,
+        auto="as many as make 64 MiB of logits",
+    )
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core"
+    )
+    json: bool = option(False, "print one JSON object with the numbers")
 
 
 @dataclass(frozen=True)

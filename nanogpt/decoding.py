@@ -6,11 +6,12 @@ of (seed, token id, position, row, stream) alone, so that row i of a batch equal
 `first_row=i`, with the cache on or off.
 """
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -149,7 +150,7 @@ class Filters:
         if self.temperature != 1.0:
             x = x / self.temperature
         if self.top_k is not None and self.top_k < x.shape[-1]:
-            x = _keep_top_k(x, self.top_k)
+            x = keep_top_k(x, self.top_k)
         if self.top_p is not None and self.top_p < 1:
             x = _keep_top_p(x, self.top_p)
         if self.min_p is not None and self.min_p > 0:
@@ -159,7 +160,7 @@ class Filters:
         return x
 
 
-def _keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     edge = x.topk(k, dim=-1).values[..., -1:]
     above, ties = x > edge, x == edge
     room = k - above.sum(-1, keepdim=True)
@@ -203,6 +204,7 @@ class GraphedStep:
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.count = torch.ones(1, dtype=torch.int32, device=device)
         self.logits = torch.empty(0)
+        self.hidden = torch.empty(0)  # (B, C), what the logits were made of
         self._graph: torch.cuda.CUDAGraph | None = None
         self._plain = device.type != "cuda"
 
@@ -234,7 +236,8 @@ class GraphedStep:
         length = self.cache.length
         self.cache.count = self.count
         try:
-            return self.model.next_logits(self.tokens, self.cache)
+            self.hidden = self.model.next_hidden(self.tokens, self.cache)
+            return self.model.head(self.hidden)
         finally:
             self.cache.count, self.cache.length = None, length
 
@@ -258,11 +261,33 @@ class Step:
     """One new token of every row: ids (B,) int64 and the model's probability of it (B,) float64.
 
     The probability is softmax(logits) at the calibration temperature (1 where there is none),
-    before any filter; None unless asked for.
+    before any filter; None unless asked for. Where `ancestors` (B,) is given, row i goes on from
+    what row ancestors[i] has written, this token included.
     """
 
     tokens: torch.Tensor
     probabilities: torch.Tensor | None
+    ancestors: torch.Tensor | None = None
+
+
+class Steering(Protocol):
+    """Something that changes the distribution of every step after the filters."""
+
+    reads_hidden: bool
+
+    def steer(self, kept: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        """New logits, (B, V) float64, from those that the filters kept.
+
+        Args:
+            kept: (B, V) float64; not to be written.
+            hidden: (B, C), the model's last hidden states, where `reads_hidden`.
+        """
+
+    def advance(self, chosen: torch.Tensor, end: int) -> torch.Tensor | None:
+        """Go on with the tokens that were drawn, (B,), at position `end` of the text.
+
+        Returns: None, or for every row the row that it goes on from, (B,) int64.
+        """
 
 
 def stream(
@@ -276,10 +301,14 @@ def stream(
     use_cache: bool = True,
     use_graph: bool | None = None,
     probabilities: bool = False,
+    steering: Steering | None = None,
 ) -> Iterator[Step]:
-    """Yield new tokens one step at a time; `generate` collects them. Same arguments."""
+    """Yield new tokens one step at a time; `generate` collects them. Same arguments.
+
+    `steering` comes between the filters and the draw.
+    """
     config, device = model.config, tokens.device
-    _check_prompt(tokens, config.vocab_size, model)
+    check_prompt(tokens, config.vocab_size, model)
     batch, length = tokens.shape
     text = torch.empty(batch, length + max_new_tokens, dtype=torch.int64, device=device)
     text[:, :length] = tokens
@@ -298,23 +327,27 @@ def stream(
     if cache is not None and (use_graph if use_graph is not None else device.type == "cuda"):
         one_more = GraphedStep(model, cache)
     confidence_temperature = model.calibration_temperature or 1.0
-    cached_from = 0
+    cached, cached_from = (() if cache is None else (cache,)), 0
+    hidden = None
 
     for end in range(length, length + max_new_tokens):
         with torch.inference_mode():
             start = window_start(end, config.block_size)
-            if cache is None:
-                logits = model.next_logits(text[:, start:end])  # (B, V)
+            if cache is not None and start != cached_from:
+                cache.reset()
+                cached_from = start
+            coming = text[:, start + (0 if cache is None else cache.length) : end]
+            if one_more is not None and coming.shape[1] == 1 and cache is not None and cache.length:
+                logits = one_more(coming)  # (B, V)
+                hidden = one_more.hidden
+            elif steering is not None and steering.reads_hidden:
+                hidden = model.next_hidden(coming, *cached)
+                logits = model.head(hidden)
             else:
-                if start != cached_from:
-                    cache.reset()
-                    cached_from = start
-                coming = text[:, start + cache.length : end]
-                if one_more is not None and coming.shape[1] == 1 and cache.length:
-                    logits = one_more(coming)
-                else:
-                    logits = model.next_logits(coming, cache)
+                logits = model.next_logits(coming, *cached)
             kept = filters.apply(logits, seen)  # (B, V)
+            if steering is not None:
+                kept = steering.steer(kept, hidden)
             chosen = (kept if noise is None else kept + noise.at(end)).argmax(-1)  # (B,)
             text[:, end] = chosen
             if seen is not None:
@@ -323,7 +356,14 @@ def stream(
             if probabilities:
                 wide = logits.to(torch.float64) / confidence_temperature
                 of_chosen = wide.softmax(-1).gather(1, chosen[:, None])[:, 0]
-        yield Step(chosen, of_chosen)
+            ancestors = None if steering is None else steering.advance(chosen, end)
+            if ancestors is not None:
+                text[:, : end + 1] = text[ancestors, : end + 1]
+                if seen is not None:
+                    seen = seen[ancestors]
+                if cache is not None:
+                    cache.select(ancestors)
+        yield Step(chosen, of_chosen, ancestors)
 
 
 @dataclass(frozen=True)
@@ -389,8 +429,8 @@ def generate(
     if not 0 <= first_row <= 2**32 - len(tokens):
         raise ValueError(f"first_row must be from 0 to 2^32 - {len(tokens)}, not {first_row}")
     stops = [stop] if isinstance(stop, str) else list(stop or ())
-    _check_prompt(tokens, model.config.vocab_size, model)
-    ended = _row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
+    check_prompt(tokens, model.config.vocab_size, model)
+    ended = row_enders(model.tokenizer, len(tokens), stops, eos_token_id)
     options: dict[str, Any] = {
         "filters": filters,
         "seed": int(torch.randint(2**62, ())) if seed is None and temperature > 0 else seed,
@@ -398,22 +438,30 @@ def generate(
         "probabilities": return_details,
     }
     if _picks_native(engine, model, use_cache and not use_graph):
-        new, of_new, lengths = _native_rows(model, tokens, max_new_tokens, ended, **options)
+        new, values, lengths = native_rows(model, tokens, max_new_tokens, ended, **options)
+        of_new = values[..., 0]
     else:
         options |= {"use_cache": use_cache, "use_graph": use_graph}
         new, of_new, lengths = _columns(model, tokens, max_new_tokens, ended, **options)
-    beyond = torch.arange(new.shape[1], device=new.device) >= lengths.unsqueeze(1)
-    filler = eos_token_id
-    if filler is None and model.tokenizer is not None:
-        filler = model.tokenizer.end_of_text_id
-    new = new.masked_fill(beyond, 0 if filler is None else filler)
+    new, beyond = fill_beyond_ends(model, new, lengths, eos_token_id)
     sequences = torch.cat([tokens, new], 1)
     if not return_details:
         return sequences
     return Generation(sequences, of_new.masked_fill(beyond, 0.0), lengths.cpu())
 
 
-_Enders = list[Callable[[int], bool]] | None
+def fill_beyond_ends(
+    model: "GPT", new: torch.Tensor, lengths: torch.Tensor, eos_token_id: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens (B, new) with a filler after each row's length, and where that is, (B, new)."""
+    beyond = torch.arange(new.shape[1], device=new.device) >= lengths.unsqueeze(1)
+    filler = eos_token_id
+    if filler is None and model.tokenizer is not None:
+        filler = model.tokenizer.end_of_text_id
+    return new.masked_fill(beyond, 0 if filler is None else filler), beyond
+
+
+_Enders = list["RowEnder"] | None
 _Collected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -454,7 +502,7 @@ def _columns(
     return new, of_new, torch.tensor(lengths, device=new.device)
 
 
-def _native_rows(
+def native_rows(
     model: "GPT",
     tokens: torch.Tensor,
     max_new_tokens: int,
@@ -464,15 +512,22 @@ def _native_rows(
     seed: int | None,
     first_row: int,
     probabilities: bool,
+    **reward: Any,
 ) -> _Collected:
-    """As `_columns`, row after row in the compiled engine."""
+    """Row after row in the compiled engine.
+
+    Args:
+        reward: of its `stream`: reward, beta, reward_top_k, details.
+    Returns: ids (B, new); (B, new, 4) float64, of each its probability, reward, log Z and KL, 0
+        where they were not asked for; lengths (B,).
+    """
     rows: list[list[int]] = []
-    of_rows: list[list[float]] = []
+    of_rows: list[list[tuple[float, float, float, float]]] = []
     with native.turn(model):
         engine = native.engine_for(model)
         for row, prompt in enumerate(tokens.tolist()):
             ids: list[int] = []
-            of_ids: list[float] = []
+            of_ids: list[tuple[float, float, float, float]] = []
             steps = engine.stream(
                 prompt,
                 max_new_tokens,
@@ -480,20 +535,21 @@ def _native_rows(
                 seed=int(seed or 0) & (2**64 - 1),
                 row=first_row + row,
                 probabilities=probabilities,
+                **reward,
             )
             for token, probability in steps:
                 ids.append(token)
-                of_ids.append(probability or 0.0)
+                of_ids.append((probability or 0.0, *(steps.details or (0.0, 0.0, 0.0))))
                 if ended is not None and ended[row](token):
                     break
             rows.append(ids)
             of_rows.append(of_ids)
     lengths = torch.tensor([len(ids) for ids in rows])
     new = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    of_new = torch.zeros(new.shape, dtype=torch.float64)
+    of_new = torch.zeros(*new.shape, 4, dtype=torch.float64)
     for row, (ids, of_ids) in enumerate(zip(rows, of_rows, strict=True)):
         new[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        of_new[row, : len(ids)] = torch.tensor(of_ids, dtype=torch.float64)
+        of_new[row, : len(ids)] = torch.tensor(of_ids, dtype=torch.float64).view(-1, 4)
     return new, of_new, lengths
 
 
@@ -547,30 +603,40 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _row_enders(
+class RowEnder:
+    """Takes the tokens of one row and says whether it ends with the last of them."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stops: Sequence[str], eos_token_id: int | None
+    ) -> None:
+        self.eos_token_id = eos_token_id
+        self.tokenizer = tokenizer if stops else None
+        if self.tokenizer is not None:
+            self._decoder, self._watch = StreamDecoder(self.tokenizer), StopText(stops)
+
+    def __call__(self, token: int) -> bool:
+        if self.tokenizer is None:
+            return token == self.eos_token_id
+        self._watch.feed(self._decoder.feed(token))
+        return token == self.eos_token_id or self._watch.found
+
+    def copy(self) -> "RowEnder":
+        """One that has taken the same tokens."""
+        return copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
+
+
+def row_enders(
     tokenizer: Tokenizer | None, rows: int, stops: Sequence[str], eos_token_id: int | None
-) -> list[Callable[[int], bool]] | None:
-    """For each row a function that takes its next token and says whether the row ends with it."""
+) -> list[RowEnder] | None:
+    """One for each row, or None where nothing ends a row."""
     if not stops and eos_token_id is None:
         return None
     if stops and tokenizer is None:
         raise ValueError("stop needs the model's tokenizer: load the model with nanogpt.load")
-
-    def ender() -> Callable[[int], bool]:
-        if tokenizer is None or not stops:
-            return lambda token: token == eos_token_id
-        decoder, watch = StreamDecoder(tokenizer), StopText(stops)
-
-        def ends(token: int) -> bool:
-            watch.feed(decoder.feed(token))
-            return token == eos_token_id or watch.found
-
-        return ends
-
-    return [ender() for _ in range(rows)]
+    return [RowEnder(tokenizer, stops, eos_token_id) for _ in range(rows)]
 
 
-def _check_prompt(tokens: torch.Tensor, vocab_size: int, model: "GPT") -> None:
+def check_prompt(tokens: torch.Tensor, vocab_size: int, model: "GPT") -> None:
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens must be (B, T) int64, not {tuple(tokens.shape)} {tokens.dtype!s}")
     if tokens.shape[0] < 1 or tokens.shape[1] < 1:

@@ -226,7 +226,18 @@ class GPT(nn.Module):
             tokens: (B, T) int64; with a cache only the tokens that are not in it yet.
             cache: read and extended in place.
         """
-        hidden = self._hidden(tokens, cache)[:, -1]  # (B, C)
+        return self.head(self.next_hidden(tokens, cache))
+
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last normalised hidden state of every position, (B, T, C), T <= block_size."""
+        return self._hidden(tokens, None)
+
+    def next_hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What `next_logits` are made of: the last normalised hidden state, (B, C)."""
+        return self._hidden(tokens, cache)[:, -1]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of last hidden states (B, C)."""
         return linear(hidden, self.token_weight, None)
 
     def _hidden(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
@@ -257,6 +268,22 @@ class GPT(nn.Module):
         from nanogpt.decoding import generate
 
         return generate(self, tokens, max_new_tokens, temperature=temperature, **options)
+
+    def generate_reward_augmented(
+        self,
+        tokens: torch.Tensor,
+        max_new_tokens: int,
+        reward_fn: Any,
+        beta: float,
+        **options: Any,
+    ) -> Any:
+        """Continue `tokens` (B, T) with a distribution tilted by rewards: (B, T + new) int64.
+
+        beta is a multiplier. See `nanogpt.reward_decoding.generate_reward_augmented`.
+        """
+        from nanogpt.reward_decoding import generate_reward_augmented
+
+        return generate_reward_augmented(self, tokens, max_new_tokens, reward_fn, beta, **options)
 
     def describe(self) -> dict[str, Any]:
         """Configuration, tokenizer and calibration as JSON-ready values."""

@@ -149,6 +149,12 @@ def tokenizer_for(tokenizer: "Tokenizer") -> "_C.Tokenizer":
     return kept
 
 
+def token_reward(values: Sequence[float]) -> "_C.Reward":
+    """The same (V,) numbers at every step; needs `available()`."""
+    made: _C.Reward = _load()[0].TokenReward(values)
+    return made
+
+
 def char_reward(characters: str, tokenizer: "Tokenizer") -> "_C.Reward":
     """1 for an id whose last whole character is one of these, else 0; needs `available()`.
 

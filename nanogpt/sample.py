@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,18 @@ from nanogpt.decoding import Filters, StopText, stream
 from nanogpt.errors import InputError, UsageError
 from nanogpt.kernels.choice import refuse_shape
 from nanogpt.model import GPT
+from nanogpt.reward_decoding import (
+    RewardedGeneration,
+    generate_reward_augmented,
+    stream_reward_augmented,
+)
+from nanogpt.rewards import (
+    CombinedReward,
+    Reward,
+    UnwritableError,
+    char_reward_fn,
+    term_reward_fn,
+)
 from nanogpt.terms import read_terms
 from nanogpt.tokenizer import StreamDecoder, Tokenizer, tokenizer_from_dict
 
@@ -42,7 +54,7 @@ class Drawn:
     Attributes:
         probability: at the calibration temperature; None unless it is needed.
         reward: of this token, before beta.
-        log_z, kl: of this step's tilt, in nats; None where the texts were resampled.
+        log_z, kl: of this step's tilt, in nats.
     """
 
     token: int
@@ -70,7 +82,7 @@ class Writer:
     config: SampleConfig
     seed: int
     calibration: Calibration
-    reward: "_C.Reward | None" = None
+    reward: "Reward | _C.Reward | None" = None
 
     @property
     def needs_probabilities(self) -> bool:
@@ -97,10 +109,47 @@ class Writer:
             config.min_p,
             config.repetition_penalty,
         )
-        if isinstance(self.model, GPT):
-            yield from self._draw_in_torch(self.model, ids, row, filters)
-        else:
-            yield from self._draw_natively(self.model, ids, row, filters)
+        if not isinstance(self.model, GPT):
+            return self._draw_natively(self.model, ids, row, filters)
+        tokens = torch.tensor([ids], device=self.model.token_weight.device)
+        if self.reward is None:
+            return self._draw_in_torch(self.model, tokens, row, filters)
+        return self._draw_with_reward(self.model, tokens, row, filters)
+
+    def carry_particles(self, ids: list[int], row: int) -> tuple[list[Drawn], float]:
+        """A text drawn from many that are carried along, and the estimate of log Z."""
+        config, tokenizer = self.config, self.tokenizer
+        assert isinstance(self.model, GPT)
+        ends = None if config.ignore_eos else tokenizer.end_of_text_id
+        made = generate_reward_augmented(
+            self.model,
+            torch.tensor([ids], device=self.model.token_weight.device),
+            config.max_new_tokens,
+            self.reward,
+            _beta(config),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            stop=config.stop,
+            eos_token_id=ends,
+            seed=self.seed,
+            first_row=row,
+            reward_top_k=config.reward_top_k,
+            num_particles=config.num_particles,
+            return_details=True,
+        )
+        assert isinstance(made, RewardedGeneration)
+        columns = (
+            made.sequences[0, len(ids) :],
+            made.token_probabilities[0],
+            made.rewards[0],
+            made.log_normalisers[0],
+            made.kl[0],
+        )
+        steps = zip(*(column.tolist() for column in columns), strict=True)
+        return [Drawn(*step) for step in steps][: int(made.lengths)], float(made.log_z)
 
     def _draw_natively(
         self, engine: "Engine", ids: list[int], row: int, filters: Filters
@@ -126,11 +175,11 @@ class Writer:
             yield Drawn(token, probability, *(steps.details or ()))
 
     def _draw_in_torch(
-        self, model: GPT, ids: list[int], row: int, filters: Filters
+        self, model: GPT, tokens: torch.Tensor, row: int, filters: Filters
     ) -> Iterator[Drawn]:
         for step in stream(
             model,
-            torch.tensor([ids], device=model.token_weight.device),
+            tokens,
             self.config.max_new_tokens,
             filters=filters,
             seed=self.seed,
@@ -139,6 +188,25 @@ class Writer:
         ):
             probability = None if step.probabilities is None else float(step.probabilities)
             yield Drawn(int(step.tokens), probability)
+
+    def _draw_with_reward(
+        self, model: GPT, tokens: torch.Tensor, row: int, filters: Filters
+    ) -> Iterator[Drawn]:
+        for step in stream_reward_augmented(
+            model,
+            tokens,
+            self.config.max_new_tokens,
+            self.reward,
+            _beta(self.config),
+            filters=filters,
+            seed=self.seed,
+            first_row=row,
+            reward_top_k=self.config.reward_top_k,
+            probabilities=self.needs_probabilities,
+            details=self.config.json,
+        ):
+            known = (step.probabilities, step.rewards, step.log_z, step.kl)
+            yield Drawn(int(step.tokens), *(None if x is None else float(x) for x in known))
 
 
 class Text:
@@ -150,14 +218,20 @@ class Text:
         drawn: the new tokens.
         low: indices of those below --min-confidence, which are marked.
         refused: the token below it that ended the text, which is none of `drawn`.
+        log_z: of a text of particles, the estimate for the whole reward; else None.
     """
 
     def __init__(self, writer: Writer, ids: list[int], row: int) -> None:
         self.drawn: list[Drawn] = []
         self.low: list[int] = []
         self.refused: Drawn | None = None
+        self.log_z: float | None = None
         self._writer = writer
-        self._steps = writer.draw(ids, row)
+        self._steps: Iterable[Drawn]
+        if writer.config.num_particles > 1:
+            self._steps, self.log_z = writer.carry_particles(ids, row)
+        else:
+            self._steps = writer.draw(ids, row)
         # What has been written but may still belong to a stop text: (text, probability, low).
         self._held: deque[Piece] = deque()
 
@@ -240,6 +314,8 @@ def _check_together(config: SampleConfig) -> None:
         for words, given in of_rewards.items():
             if given:
                 raise UsageError(f"{words}: give --reward-chars or --reward-terms too")
+    if config.num_particles > 1 and config.temperature == 0:
+        raise UsageError("--num-particles draws texts, so --temperature must be above 0")
     if config.num_particles > 1 and config.chat:
         raise UsageError("--num-particles writes a text at its end, so it is not for --chat")
     if config.low_confidence is not None and config.min_confidence is None:
@@ -334,18 +410,39 @@ def _beta(config: SampleConfig) -> float:
 
 def _reward(
     config: SampleConfig, model: "GPT | Engine", tokenizer: Tokenizer
-) -> "_C.Reward | None":
-    """The sum of the rewards that were asked for.
+) -> "Reward | _C.Reward | None":
+    """The sum of the rewards that were asked for, for the engine that writes.
 
     Raises: InputError for what the vocabulary cannot write.
     """
-    parts: list[tuple[_C.Reward, float]] = []
-    if config.reward_chars is not None:
-        parts.append((native.char_reward(config.reward_chars, tokenizer), 1.0))
+    characters, terms = config.reward_chars, None
     if config.reward_terms is not None:
         terms = read_terms(config.reward_terms, "--reward-terms")
-        parts.append((native.term_reward(terms, tokenizer), 1.0))
-    return native.sum_reward(parts) if parts else None
+    if not isinstance(model, GPT):
+        parts = []
+        if characters is not None:
+            parts.append((native.char_reward(characters, tokenizer), 1.0))
+        if terms is not None:
+            parts.append((native.term_reward(terms, tokenizer), 1.0))
+        return native.sum_reward(parts) if parts else None
+    rewards: list[tuple[Reward, float]] = []
+    if characters is not None:
+        try:
+            rewards.append((char_reward_fn(characters, tokenizer), 1.0))
+        except UnwritableError as error:  # in the words of the compiled engine
+            raise InputError(
+                f"no token of the model's vocabulary ends with the character '{error.what}', so "
+                f"it cannot be rewarded"
+            ) from None
+    if terms is not None:
+        try:
+            rewards.append((term_reward_fn(terms, tokenizer), 1.0))
+        except UnwritableError as error:
+            raise InputError(
+                f"the term '{error.what}' cannot be written with the model's vocabulary, so it "
+                f"cannot be rewarded"
+            ) from None
+    return CombinedReward(rewards) if rewards else None
 
 
 def _print_text(writer: Writer, ids: list[int], prompt: str) -> int:
@@ -418,7 +515,8 @@ def _as_json(writer: Writer, text: Text) -> dict[str, Any]:
     if writer.reward is not None:
         known["reward"] = math.fsum(step.reward or 0.0 for step in drawn)
         known["kl"] = math.fsum(step.kl or 0.0 for step in drawn)
-        known["log_z"] = math.fsum(step.log_z or 0.0 for step in drawn)
+        steps = math.fsum(step.log_z or 0.0 for step in drawn)
+        known["log_z"] = steps if text.log_z is None else text.log_z
     if config.confidence:
         mean = confidence.mean_log([step.probability or 0.0 for step in drawn]) if drawn else None
         known["mean_log_prob"] = mean if mean is not None and math.isfinite(mean) else None

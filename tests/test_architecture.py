@@ -26,8 +26,18 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "calibration": set(),
     "judge": set(),
-    "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
+    "rewards": PURE | {"native", "_C"},
+    "reward_decoding": MODEL | {"rewards", "tilt"},
+    "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
+    "model": MODEL - {"native", "model"} | {"reward_decoding"},
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
     "native": {"_C", "model", "tokenizer"},
@@ -46,13 +56,27 @@ ALLOWED = {
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
+    "text_measures": set(),
+    "self_align": MODEL
+    | {
+        "data",
+        "machine",
+        "offline_rl",
+        "records",
+        "reward_decoding",
+        "rewards",
+        "text_measures",
+        "tilt",
+        "trainer",
+    },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
-    "sample": FILES | {"cli", "confidence", "terms", "_C"},
+    "calibrate": FILES | {"calibration", "interruption", "cli"},
+    "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
-    "__init__": MODEL | {"checkpoint"},
+    "__init__": MODEL | {"checkpoint", "rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }
@@ -60,6 +84,7 @@ NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progre
     "confidence",
     "reward_data",
     "terms",
+    "text_measures",
 }
 
 

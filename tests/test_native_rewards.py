@@ -16,6 +16,7 @@ from test_native_sampling import Text, matched
 from nanogpt import native
 from nanogpt.decoding import Filters, GumbelNoise, window_start
 from nanogpt.errors import InputError, UsageError
+from nanogpt.rewards import TokenReward, char_reward_fn, combine, ids_reward_fn, term_reward_fn
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native engine: {native.why_not()}")
@@ -239,7 +240,7 @@ def test_a_term_may_be_written_in_other_letters(tokenizers):
 def written_in_python(model, prompt, new, *, filters, reward, beta, reward_top_k=None, seed=5):
     """Torch's logits, Python's filters and draw, and a tilt written out: ids, and details of each.
 
-    The details are the reward, log Z and KL over the ids that the filters left, in float64.
+    The details are the reward, log Z and KL over the ids that are drawn from, in float64.
     """
     text, details = list(prompt), []
     noise = GumbelNoise(seed, model.config.vocab_size, 1)
@@ -250,9 +251,9 @@ def written_in_python(model, prompt, new, *, filters, reward, beta, reward_top_k
         with torch.no_grad():
             kept = filters.apply(model.next_logits(window), seen)[0].clone()
         rewards = torch.from_numpy(reward.candidates())
-        p = kept.softmax(-1)
         if reward_top_k is not None and beta != 0:
             kept[kept.argsort(descending=True, stable=True)[reward_top_k:]] = -math.inf
+        p = kept.softmax(-1)
         tilted = kept + beta * rewards
         shifted = tilted + (noise.at(end)[0] if filters.temperature > 0 else 0.0)
         token = int(shifted.argmax())
@@ -414,3 +415,162 @@ def test_details_are_there_where_they_were_asked_for(models):
     plain = engine.stream([1], 2, seed=1, reward=reward)
     next(plain)
     assert plain.details is None
+
+
+# The same rewards through the library: generate_reward_augmented, and term_reward_fn's states.
+
+
+def library_reward(what, tokenizer):
+    made = {
+        "characters": lambda: char_reward_fn("e ", tokenizer, reward=0.5),
+        "terms": lambda: term_reward_fn(TERMS, tokenizer),
+        "both": lambda: combine(
+            [(char_reward_fn("e", tokenizer), -0.5), (term_reward_fn(TERMS, tokenizer), 2.0)]
+        ),
+        "one and nothing": lambda: combine(
+            [(char_reward_fn("e", tokenizer, reward=-math.inf), 0.0), (term_reward_fn(
+                TERMS, tokenizer), 1.0)]
+        ),
+    }  # fmt: skip
+    return made[what]()
+
+
+LIBRARY_CASES = [
+    ("char", "characters", 3.0, {}),
+    ("char", "terms", 20.0, {"temperature": 0.8, "top_k": 20}),
+    ("char", "both", -2.0, {"repetition_penalty": 1.2}),
+    ("char", "terms", 30.0, {"temperature": 0.0}),
+    ("byte", "terms", 9.0, {"top_p": 0.95}),
+    ("byte", "both", 4.0, {"min_p": 0.001, "reward_top_k": 50}),
+    ("bpe", "characters", 2.0, {"top_p": 0.9, "reward_top_k": 5}),
+    ("bpe", "terms", 8.0, {"first_row": 9}),
+    ("bpe", "one and nothing", 8.0, {}),
+    ("bpe", "terms", 0.0, {"reward_top_k": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "beta", "options"), LIBRARY_CASES)
+def test_rewarded_texts_and_their_details_are_those_of_torch(models, kind, what, beta, options):
+    model = models[kind]
+    reward = library_reward(what, model.tokenizer)
+    prompt = model.tokenizer.encode("the gene")
+    prompts = torch.tensor([prompt, prompt[::-1]])
+    ours, theirs = (
+        model.generate_reward_augmented(
+            prompts, 40, reward, beta, seed=6, engine=engine, return_details=True, **options
+        )
+        for engine in ("native", "torch")
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert ours.sequences.shape[1] == prompts.shape[1] + 40
+    torch.testing.assert_close(ours.rewards, theirs.rewards, rtol=0, atol=1e-9)
+    exact = {"rtol": 0, "atol": 1e-6 * max(1.0, abs(beta))}  # logits of float32 differ by 1e-6
+    torch.testing.assert_close(ours.kl, theirs.kl, **exact)
+    torch.testing.assert_close(ours.log_normalisers, theirs.log_normalisers, **exact)
+    torch.testing.assert_close(ours.log_z, theirs.log_z, rtol=0, atol=40 * exact["atol"])
+    torch.testing.assert_close(
+        ours.token_probabilities, theirs.token_probabilities, rtol=0, atol=1e-6
+    )
+    for name in ("lengths", "ess", "resamplings", "particles", "weights"):
+        ours_too, theirs_too = getattr(ours, name), getattr(theirs, name)
+        assert ours_too.dtype == theirs_too.dtype
+        assert torch.equal(ours_too, theirs_too), name
+    plain = model.generate_reward_augmented(
+        prompts, 40, reward, beta, seed=6, engine="auto", **options
+    )
+    assert torch.equal(plain, ours.sequences)
+    unmoved = {k: v for k, v in options.items() if k != "reward_top_k"}
+    free = model.generate(prompts, 40, seed=6, **unmoved)
+    assert torch.equal(free, ours.sequences) is (beta == 0)
+
+
+def test_rewarded_rows_end_as_those_of_torch(models):
+    model = models["char"]
+    reward = term_reward_fn(TERMS, model.tokenizer)
+    prompts = torch.tensor([[1], [5], [9], [3]])
+    free = model.generate_reward_augmented(prompts, 40, reward, 6.0, seed=2)
+    end, stop = int(free[1, 9]), model.tokenizer.decode(free[0, 12:14].tolist())
+    for options in ({"eos_token_id": end}, {"stop": stop}):
+        ours, theirs = (
+            model.generate_reward_augmented(
+                prompts, 40, reward, 6.0, seed=2, engine=engine, return_details=True, **options
+            )
+            for engine in ("native", "torch")
+        )
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.lengths, theirs.lengths)
+        assert (ours.lengths < 40).any()
+        torch.testing.assert_close(ours.rewards, theirs.rewards, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.kl, theirs.kl, rtol=0, atol=1e-5)
+
+
+def test_the_native_engine_says_which_rewards_it_has(models):
+    model = models["char"]
+    tokens = torch.tensor([[1]])
+    terms = term_reward_fn(["gene"], model.tokenizer)
+
+    def last_token_is_5(ids: torch.Tensor) -> torch.Tensor:
+        return (ids[:, -1] == 5).float()
+
+    with pytest.raises(RuntimeError, match="'last_token_is_5' is another"):
+        model.generate_reward_augmented(tokens, 5, last_token_is_5, 1.0, engine="native")
+    with pytest.raises(RuntimeError, match="is another"):
+        model.generate_reward_augmented(
+            tokens, 5, combine([(terms, 1.0), (ids_reward_fn(last_token_is_5), 1.0)]), 1.0,
+            engine="native",
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="num_particles > 1"):
+        model.generate_reward_augmented(
+            tokens, 5, terms, 1.0, engine="native", num_particles=2, seed=1
+        )
+    # "auto" takes torch for those.
+    model.generate_reward_augmented(tokens, 5, last_token_is_5, 1.0, engine="auto", seed=1)
+
+
+def test_a_forbidden_token_never_comes_and_nothing_left_is_said(models):
+    model = models["char"]
+    size = model.config.vocab_size
+    forbidding = TokenReward({4: -math.inf})
+    native_text, torch_text = (
+        model.generate_reward_augmented(
+            torch.tensor([[1]]), 60, forbidding, 1.0, seed=1, engine=engine
+        )
+        for engine in ("native", "torch")
+    )
+    assert torch.equal(native_text, torch_text)
+    assert not (native_text[0, 1:] == 4).any()
+    nothing = TokenReward(dict.fromkeys(range(size), -math.inf), name="nothing")
+    for engine in ("native", "torch"):
+        with pytest.raises(ValueError, match="reward 'nothing'"):
+            model.generate_reward_augmented(
+                torch.tensor([[1]]), 5, nothing, 1.0, engine=engine, seed=1
+            )
+
+
+def test_term_states_are_compiled_where_they_can_be(tokenizers, monkeypatch):
+    """The rewards of both states are the same, and the compiled one is made once."""
+    tokenizer = tokenizers["bpe"]
+    reward = term_reward_fn(TERMS, tokenizer)
+    made, prompt = [], torch.zeros(3, 1, dtype=torch.int64)
+    monkeypatch.setattr(
+        native, "term_reward", lambda *a, make=native.term_reward: made.append(a) or make(*a)
+    )
+    state = reward.begin(prompt)
+    again = reward.begin(prompt)
+    assert len(made) == 1
+    monkeypatch.setattr(native, "available", lambda: False)
+    plain = term_reward_fn(TERMS, tokenizer).begin(prompt)
+    assert type(plain.rows[0]) is not type(state.rows[0])
+    texts = (" gene therapy of the café", "a therapy of the gene; edits", "the naïve general gene")
+    ids = torch.tensor([tokenizer.encode(text * 2)[:8] for text in texts])
+    untouched = again.candidates().clone()
+    for step in range(8):
+        torch.testing.assert_close(state.candidates(), plain.candidates(), rtol=0, atol=1e-12)
+        if step == 4:
+            for one in (state, plain):
+                one.select(torch.tensor([2, 2, 0]))
+            ids = ids[[2, 2, 0]]
+        for one in (state, plain):
+            one.advance(ids[:, step])
+    assert torch.equal(again.candidates(), untouched)
+    assert len(made) == 1

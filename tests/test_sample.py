@@ -17,6 +17,7 @@ from test_native import small_model
 from nanogpt import GPT, checkpoint, confidence, load, native
 from nanogpt.config import SampleConfig
 from nanogpt.export import export_model
+from nanogpt.rewards import char_reward_fn, combine, term_reward_fn
 from nanogpt.sample import Drawn, Piece, Text
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -493,6 +494,59 @@ def test_json_says_what_a_reward_came_to(varied, engine):
     assert narrow["tokens"] != result["tokens"]
 
 
+PARTICLES = ("--reward-terms", "abc,the gene", "--reward-chars", "e", "--beta", 6,
+             "--num-particles", 8)  # fmt: skip
+
+
+def test_particles_write_what_the_library_draws(varied, varied_path):
+    result = json.loads(varied(*PARTICLES, "--json", "--num-samples", 2).out)
+    model, tokenizer = load(varied_path)
+    terms = term_reward_fn(["abc", "the gene"], tokenizer)
+    reward = combine([(char_reward_fn("e", tokenizer), 1.0), (terms, 1.0)])
+    texts = set()
+    for row, entry in enumerate(result["samples"]):
+        made = model.generate_reward_augmented(
+            torch.tensor([tokenizer.encode("abc")]), 40, reward, 6.0, seed=4, first_row=row,
+            num_particles=8, return_details=True,
+        )  # fmt: skip
+        assert entry["tokens"] == made.sequences[0, 3:].tolist()
+        assert entry["token_probs"] == made.token_probabilities[0].tolist()
+        assert entry["log_z"] == pytest.approx(float(made.log_z))
+        assert entry["reward"] == pytest.approx(float(made.rewards.sum()))
+        assert entry["kl"] == pytest.approx(float(made.kl.sum()))
+        assert abs(entry["log_z"] - float(made.log_normalisers.sum())) > 0.1
+        texts.add(entry["text"])
+    assert len(texts) == 2
+    assert varied(*PARTICLES).out == "abc" + result["samples"][0]["text"] + "\n"
+
+
+def test_a_text_of_particles_ends_at_a_stop_text_and_at_the_end_of_the_document(varied):
+    stopped = only_sample(varied(*PARTICLES, "--json", "--stop", "e"))
+    assert "e" not in stopped["text"]
+    assert stopped["tokens"].index(6) == len(stopped["tokens"]) - 1 < 39
+    shown = varied(*PARTICLES, "--stop", "e", "--confidence")
+    assert shown.out == "abc" + stopped["text"] + "\n"
+    assert shown.err.count("\n") == len(stopped["tokens"]) + 2
+    mild = ("--reward-chars", "e", "--beta", 0.5, "--num-particles", 4, "--num-samples", 6)
+    ended = json.loads(varied(*mild, "--json", "--no-ignore-eos").out)["samples"]
+    assert not any(27 in entry["tokens"] for entry in ended)
+    assert any(len(entry["tokens"]) < 40 for entry in ended)
+
+
+def test_without_the_engine_torch_writes_rewarded_texts(varied, monkeypatch):
+    settings = ("--reward-terms", "abc,the gene", "--beta", 20, "--json")
+    with_engine = only_sample(varied(*settings))
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "it was not built")
+    without = only_sample(varied(*settings))
+    assert without["tokens"] == with_engine["tokens"]
+    assert without["reward"] == pytest.approx(with_engine["reward"])
+    assert without["kl"] == pytest.approx(with_engine["kl"], abs=1e-3)
+    refused = varied(*settings, "--engine", "native")
+    assert refused.code == 2
+    assert "it was not built" in refused.err
+
+
 BAD_REWARDS = {
     "a beta without a reward": (["--beta", 2], 2, "--beta multiplies a reward: give --rew"),
     "candidates without a reward": (["--reward-top-k", 2], 2, "--reward-top-k belongs to a reward"),
@@ -505,6 +559,9 @@ BAD_REWARDS = {
     "no particles": (["--reward-chars", "a", "--num-particles", 0], 2, "must be at least 1"),
     "particles in the native engine": (
         ["--reward-chars", "a", "--num-particles", 2, "--engine", "native"], 2, "--engine torch"),
+    "greedy particles": (
+        ["--reward-chars", "a", "--num-particles", 2, "--temperature", 0, "--engine", "torch"],
+        2, "--temperature must be above 0"),
     "particles in a chat": (
         ["--reward-chars", "a", "--num-particles", 2, "--chat"], 2, "not for --chat"),
     "a character that no token ends with": (["--reward-chars", "aé"], 3, "the character 'é'"),

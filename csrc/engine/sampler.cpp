@@ -641,8 +641,8 @@ void Sampler::keep_likeliest(int64_t k) {
 
 void Sampler::apply_tilt(const double* tilt, uint32_t position) {
   const bool finite = std::isfinite(maximum_);
-  const double before = tilting_.details && finite ? log_sum(nullptr, nullptr) : 0.0;
   if (tilting_.top_k && *tilting_.top_k < vocab_size_ && finite) keep_likeliest(*tilting_.top_k);
+  const double before = tilting_.details && finite ? log_sum(nullptr, nullptr) : 0.0;
   add_tilt(tilt, position);
   if (tilting_.details && std::isfinite(maximum_)) {
     double mean = 0.0;

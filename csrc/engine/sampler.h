@@ -33,9 +33,9 @@ struct Tilting {
   bool details = false;          // work out log Z and KL too
 };
 
-// p: the probabilities after the filters; q: after the tilt t, on the ids C that it was added to.
+// p: the probabilities of the ids that the tilt t was added to; q: their probabilities after it.
 struct TiltDetails {
-  double log_z = 0.0;  // log of the sum of p exp(t) over C
+  double log_z = 0.0;  // log E_p[exp t]
   double kl = 0.0;     // of q to p, in nats: E_q[t] - log Z
 };
 

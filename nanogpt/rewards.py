@@ -1,0 +1,1254 @@
+"""Rewards of text: of the next token while a model writes, and of whole completions.
+
+Two signatures, both the world's own. A `Reward` is asked by decoding, candidate by candidate;
+called with ids (N, T) it gives (N,). A text reward has TRL's signature, (prompts, completions,
+completion_ids, **columns) -> one number for each completion, for training and comparisons;
+`text_reward_fn` turns one into a `Reward`.
+
+During decoding every reward is a sum of step rewards: what the next token adds. What is known only
+for a whole prefix enters as the difference to the prefix before, so that the steps add up to the
+value of the text, and the value of an empty text counts as 0.
+
+Rewards are objects of module-level classes with a `__name__`, so that they pickle and errors name
+them.
+"""
+
+import codecs
+import functools
+import inspect
+import math
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from nanogpt import native
+from nanogpt.errors import InputError
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt import _C
+
+TextReward = Callable[..., Sequence[float]]
+
+
+class UnwritableError(InputError, ValueError):
+    """A character or term that no token of the vocabulary can write.
+
+    Attributes:
+        what: the character or term.
+    """
+
+    def __init__(self, what: str, message: str) -> None:
+        self.what = what
+        super().__init__(message)
+
+
+class RewardError(ValueError):
+    """A reward that gave what cannot be used, or does not fit, in words."""
+
+
+class RewardState(ABC):
+    """A reward on its way through B texts that are being written.
+
+    Decoding calls, for every token: `see` where the reward reads hidden states, `candidates`,
+    `advance`; and `select` where rows end, or particles are drawn anew.
+    """
+
+    def see(self, hidden: torch.Tensor) -> None:
+        """Take the model's last hidden state of every row, (B, C); for `reads_hidden` rewards."""
+        del hidden  # most rewards read ids alone
+
+    @abstractmethod
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """What each next token would add to the text's reward.
+
+        Args:
+            ids: (B, k) int64, the candidates; None is the whole vocabulary.
+        Returns: (B, k); or without ids (B, V), or (V,) where rows do not differ.
+        """
+
+    @abstractmethod
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Go on with the tokens that were written, (B,) int64."""
+
+    @abstractmethod
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, (B',) int64; a row may come several times or not at all."""
+
+
+class Reward(ABC):
+    """What a text is worth.
+
+    Attributes:
+        __name__: stands in errors and journals.
+        kind: "last token", where a step's reward depends on its token alone: `token_rewards` has
+            them all, and decoding makes no call per step; "step", where it depends on the text
+            before; "prefix", where the value of each prefix is computed, and its step rewards are
+            the differences.
+        scores_all: whether all candidates cost about as much as one; else decoding asks for the
+            likeliest of a large vocabulary only.
+        reads_hidden: whether the state needs the model's hidden states (`RewardState.see`).
+    """
+
+    __name__: str
+    kind: str = "step"
+    scores_all: bool = True
+    reads_hidden: bool = False
+
+    @abstractmethod
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rewards of ids: (N, T) int64 -> (N,) float32.
+
+        Of the last token for "last token" rewards, else of the whole text.
+        """
+
+    @abstractmethod
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        """A state before the first new token after `prompt`, (B, T) int64."""
+
+    def token_rewards(self, vocab_size: int) -> torch.Tensor:
+        """(V,) float64, the reward of writing each token, whatever stands before it.
+
+        Raises: TypeError where `kind` is not "last token"; ValueError for another vocabulary.
+        """
+        raise TypeError(f"the rewards of {self.__name__} depend on more than the last token")
+
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError, in words, where this reward cannot go with a GPT."""
+        del model  # most rewards go with any
+
+    def totals(
+        self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Sums of the step rewards of finished texts, (B,) float64.
+
+        Args:
+            prompt: (B, T) int64.
+            new: (B, n) int64, of which row i counts up to lengths[i].
+        """
+        state, total = self.begin(prompt), torch.zeros(len(new), dtype=torch.float64)
+        rows = torch.arange(len(new))
+        lengths = lengths.cpu()
+        for step in range(int(lengths.max()) if len(lengths) else 0):
+            going = lengths[rows] > step
+            if not bool(going.all()):
+                state.select(going.nonzero()[:, 0])
+                rows = rows[going]
+            chosen = new[rows.to(new.device), step]
+            total[rows] += state.candidates(chosen[:, None])[:, 0].to("cpu", torch.float64)
+            state.advance(chosen)
+        return total
+
+
+class TokenReward(Reward):
+    """A fixed reward for some tokens, 0 for the others.
+
+    Args:
+        rewards: by id; finite, or -inf, which forbids a token.
+        vocab_size: V, or None where only the largest id of `rewards` limits it.
+    """
+
+    kind = "last token"
+
+    def __init__(
+        self,
+        rewards: Mapping[int, float],
+        *,
+        vocab_size: int | None = None,
+        name: str = "token_reward",
+    ) -> None:
+        self.__name__ = name
+        self.rewards, self.vocab_size = dict(rewards), vocab_size
+        for token, reward in self.rewards.items():
+            if math.isnan(reward) or reward == math.inf:
+                raise ValueError(f"the reward of token {token} must be finite or -inf")
+            if token < 0 or (vocab_size is not None and token >= vocab_size):
+                raise ValueError(f"token {token} is outside the vocabulary of {vocab_size}")
+
+    def token_rewards(self, vocab_size: int) -> torch.Tensor:
+        highest = max(self.rewards, default=-1)
+        if highest >= vocab_size or self.vocab_size not in (None, vocab_size):
+            raise RewardError(
+                f"it was made for {self.vocab_size or highest + 1} tokens or more, "
+                f"and the model has {vocab_size}"
+            )
+        vector = torch.zeros(vocab_size, dtype=torch.float64)
+        vector[list(self.rewards)] = torch.tensor(list(self.rewards.values()), dtype=torch.float64)
+        return vector
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._of(tokens[:, -1]).float()
+
+    def _of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float64, shape and device of `tokens`."""
+        size = self.vocab_size or 1 + max([0, *self.rewards])
+        table = torch.cat([self.token_rewards(size), torch.zeros(1, dtype=torch.float64)])
+        return table.to(tokens.device)[tokens.clamp(max=size)]
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        size = self.vocab_size
+        if size is None:
+            size = 1 + max([*self.rewards, int(prompt.max()) if prompt.numel() else 0])
+        return _FixedState(self.token_rewards(size).to(prompt.device))
+
+    def totals(
+        self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        beyond = torch.arange(new.shape[1]) >= lengths.cpu()[:, None]
+        return self._of(new.cpu()).masked_fill(beyond, 0.0).sum(1)
+
+
+class _FixedState(RewardState):
+    """The same rewards at every step."""
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self.vector = vector
+
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        return self.vector if ids is None else self.vector[ids]
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        pass
+
+    def select(self, rows: torch.Tensor) -> None:
+        pass
+
+
+def char_reward_fn(
+    chars: str | Iterable[str],
+    vocabulary: Mapping[str, int] | Tokenizer,
+    *,
+    reward: float = 1.0,
+) -> TokenReward:
+    """`reward` for every token that ends with one of some characters.
+
+    With base probability p of these tokens, decoding at multiplier beta gives them
+    p e^(beta reward) / (1 - p + p e^(beta reward)), whatever the length of the text.
+
+    Args:
+        chars: a text or list of characters.
+        vocabulary: character to id (`stoi`), or any Tokenizer; of byte and bpe vocabularies a token
+            counts by its last character, if its bytes end with a whole one.
+        reward: finite, or -inf, which forbids them.
+    Raises: UnwritableError, a ValueError, naming a character that no token ends with; ValueError
+        where there are no characters.
+    """
+    wanted = list(dict.fromkeys(chars))
+    if not wanted:
+        raise ValueError("there are no characters to reward")
+    name = f"char_reward({''.join(wanted)!r})"
+    found: dict[str, list[int]] = {character: [] for character in wanted}
+    size = None
+    if isinstance(vocabulary, Mapping):
+        for character in wanted:
+            if character in vocabulary:
+                found[character].append(int(vocabulary[character]))
+    else:
+        size = vocabulary.vocab_size
+        for token, raw in enumerate(vocabulary.token_bytes):
+            character = _last_character(raw)
+            if character in found:
+                found[character].append(token)
+    for character, ids in found.items():
+        if not ids:
+            raise UnwritableError(
+                character,
+                f"no token of the vocabulary ends with the character {character!r}, "
+                f"so it cannot be rewarded",
+            )
+    rewards = {token: float(reward) for ids in found.values() for token in ids}
+    return TokenReward(rewards, vocab_size=size, name=name)
+
+
+def _last_character(raw: bytes) -> str:
+    """The character that bytes end with, or "" where they end inside one or with none."""
+    for width in range(1, 5):
+        try:
+            return raw[-width:].decode() if len(raw) >= width else ""
+        except UnicodeDecodeError:
+            continue
+    return ""
+
+
+# The state of a term match that is under way is a node of the trie of the terms, or one of these.
+_ROOT = 0  # after a boundary, on the way to no term
+_IN_WORD = -1  # after a letter, on the way to no term
+# Characters that no term holds: the end of a text, any other letter, anything else.
+_END, _OTHER_LETTER, _OTHER = "end", "letter", "other"
+_REPLACEMENT = "\ufffd"
+_WORD = re.compile(r"\w")
+_LONGEST_TERM = 1000
+_MOST_KEPT = 256
+
+
+def _is_word(character: str) -> bool:
+    if len(character) > 1:
+        return character == _OTHER_LETTER
+    return _WORD.match(character) is not None
+
+
+def _fold(text: str) -> str:
+    """Case folding of those characters that fold to one ("ß" stays)."""
+    return "".join(c.casefold() if len(c.casefold()) == 1 else c for c in text)
+
+
+class _Matcher:
+    """(?<!\\w)(?:t1|t2|…)(?!\\w), longer terms first, as an automaton over folded characters.
+
+    For each node of the trie it knows what happens where the text turns away from it: the terms
+    that are then certain, and the state that is left.
+    """
+
+    def __init__(self, terms: Iterable[str]) -> None:
+        self.children: list[dict[str, int]] = [{}]
+        self.parent, self.depth, self.character = [_ROOT], [0], [""]
+        self.term: list[int | None] = [None]
+        self.terms: list[str] = []
+        for term in terms:
+            node = _ROOT
+            for character in term:
+                if character not in self.children[node]:
+                    self.children[node][character] = len(self.children)
+                    self.children.append({})
+                    self.parent.append(node)
+                    self.depth.append(self.depth[node] + 1)
+                    self.character.append(character)
+                    self.term.append(None)
+                node = self.children[node][character]
+            if self.term[node] is None:
+                self.term[node] = len(self.terms)
+                self.terms.append(term)
+        count = len(self.children)
+        self.left = [_ROOT] * count
+        self.matches: list[tuple[int, ...]] = [()] * count
+        self.by_depth = sorted(range(1, count), key=lambda node: self.depth[node])
+        # What is left of a node is shorter than the node, so its own turning away is known.
+        for node in self.by_depth:
+            self._learn_turning_away(node)
+        self._potentials: OrderedDict[int, list[float]] = OrderedDict()
+
+    def _learn_turning_away(self, node: int) -> None:
+        path = []
+        at = node
+        while at != _ROOT:
+            path.append(at)
+            at = self.parent[at]
+        path.reverse()
+        text = [self.character[at] for at in path]
+        # The longest term inside that a boundary follows; without one the first character goes.
+        used, found = 1, []
+        for length in range(1, len(text)):
+            term = self.term[path[length - 1]]
+            if term is not None and not _is_word(text[length]):
+                used, found = length, [term]
+        state = _IN_WORD if _is_word(text[used - 1]) else _ROOT
+        for character in text[used:]:
+            state = self.feed(state, character, found)
+        self.matches[node], self.left[node] = tuple(found), state
+
+    def feed(self, state: int, character: str, found: list[int]) -> int:
+        """The state after a folded character; terms that are now certain go to `found`."""
+        while state != _IN_WORD:
+            child = self.children[state].get(character)
+            if child is not None:
+                return child
+            if state == _ROOT:
+                break
+            state = self._turn_away(state, _is_word(character), found)
+        return _IN_WORD if _is_word(character) else _ROOT
+
+    def abandon(self, state: int, before_letter: bool, found: list[int]) -> int:
+        """Turn away until the text is on the way to nothing: `_ROOT` or `_IN_WORD`."""
+        while state > _ROOT:
+            state = self._turn_away(state, before_letter, found)
+        return state
+
+    def _turn_away(self, state: int, before_letter: bool, found: list[int]) -> int:
+        term = self.term[state]
+        if term is not None and not before_letter:
+            found.append(term)
+            return _IN_WORD if _is_word(self.character[state]) else _ROOT
+        found.extend(self.matches[state])
+        return self.left[state]
+
+    def ways_on(self, state: int) -> set[str]:
+        """Characters with which some match under way goes on."""
+        characters: set[str] = set()
+        while state > _ROOT:
+            characters.update(self.children[state])
+            state = self.left[state]
+        return characters
+
+    def potentials(self, counted: int) -> list[float]:
+        """What each node is worth while the terms of the bit set `counted` are counted already."""
+        if counted in self._potentials:
+            self._potentials.move_to_end(counted)
+            return self._potentials[counted]
+        shortest = [math.inf] * len(self.children)  # uncounted term at or below each node
+        for node in reversed(self.by_depth):
+            term = self.term[node]
+            if term is not None and not counted >> term & 1:
+                shortest[node] = self.depth[node]
+            above = self.parent[node]
+            shortest[above] = min(shortest[above], shortest[node])
+        potential = [0.0] * len(self.children)
+        for node in self.by_depth:
+            certain = potential[self.left[node]] if self.left[node] > _ROOT else 0.0
+            certain += sum(not counted >> term & 1 for term in set(self.matches[node]))
+            potential[node] = max(self.depth[node] / (shortest[node] + 1), certain)
+        self._potentials[counted] = potential
+        if len(self._potentials) > _MOST_KEPT:
+            self._potentials.popitem(last=False)
+        return potential
+
+
+class TermReward(Reward):
+    """What a token adds to a text's progress through a list of terms; see `term_reward_fn`."""
+
+    kind = "step"
+
+    def __init__(self, terms: Iterable[str], tokenizer: Tokenizer) -> None:
+        self.terms = list(terms)
+        self.tokenizer = tokenizer
+        self.__name__ = "term_reward"
+        self.compiled: _C.Reward | None = None
+        if not self.terms:
+            raise ValueError("there are no terms to reward")
+        self._automaton = _TermAutomaton([_checked_term(t) for t in self.terms], tokenizer)
+        for term in self.terms:
+            missing = next((c for c in _fold(term) if not self._automaton.writes(c)), None)
+            if missing is not None:
+                raise UnwritableError(
+                    term,
+                    f"the vocabulary cannot write the term {term!r}: "
+                    f"no token holds the character {missing!r}",
+                )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TermReward, (self.terms, self.tokenizer)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        worth = []
+        for ids in tokens.tolist():
+            row = _TermRow(self._automaton)
+            worth.append(sum(row.advance(token) for token in ids))
+        return torch.tensor(worth, dtype=torch.float32, device=tokens.device)
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        first: _TokenRow = _compiled_term_row(self) or _TermRow(self._automaton)
+        return _RowStates([first.copy() for _ in range(len(prompt))], prompt.device)
+
+
+def term_reward_fn(terms: Sequence[str], tokenizer: Tokenizer) -> TermReward:
+    """Rewards for whole terms as they are written, across token boundaries.
+
+    The step rewards are the differences of a potential, so they add up over a text to the number of
+    distinct terms in it plus the progress, below 1, of what is unfinished at its end:
+
+        potential = distinct terms so far + progress of the match under way
+
+    What was given for the beginning of a term is taken back where the text turns away from it, and
+    a term counts once however often it comes, so there is nothing to gain from beginnings or
+    repetition. Progress is the larger of depth / (length + 1) for the shortest uncounted term that
+    the text's end can still become, and of what is certain if the text turns away now. Matching is
+    that of (?<!\\w)(?:t1|t2|…)(?!\\w) over the new text alone, longer terms first, leftmost and
+    without overlaps, with case folded character by character. A token without bytes (end of text)
+    is a boundary.
+
+    Args:
+        terms: at least one, none of them empty or longer than 1,000 characters.
+        tokenizer: of the model that will write.
+    Raises: UnwritableError, a ValueError, for a term that the vocabulary cannot write; ValueError
+        for an empty or too long term, or none.
+    """
+    return TermReward(terms, tokenizer)
+
+
+def _checked_term(term: str) -> str:
+    if not term:
+        raise ValueError("one of the terms to reward is empty")
+    if len(term) > _LONGEST_TERM:
+        raise ValueError(
+            f"one of the terms to reward has {len(term)} characters; "
+            f"the longest allowed has {_LONGEST_TERM}"
+        )
+    return _fold(term)
+
+
+class _TokenRow(Protocol):
+    """A reward on its way through one text; the compiled engine's have the same methods."""
+
+    def candidates(self) -> Any:
+        """(V,) float64, tensor or array."""
+
+    def advance(self, token: int) -> Any: ...
+
+    def copy(self) -> "_TokenRow": ...
+
+
+def _compiled_term_row(reward: TermReward) -> "_C.Reward | None":
+    """A row of the compiled engine at the start of a text, to be copied; None where it is not.
+
+    It is made once: reading a large vocabulary takes longer than writing.
+    """
+    if not native.available():
+        return None
+    if reward.compiled is None:
+        reward.compiled = native.term_reward(reward.terms, reward.tokenizer)
+    return reward.compiled
+
+
+def compiled(reward: Reward, vocab_size: int) -> "_C.Reward | None":
+    """The reward as the compiled engine has it, at the start of a text.
+
+    Those of the last token alone, of terms, and weighted sums of such; None for all others, for
+    values that are no numbers, and where there is no engine.
+    """
+    if not native.available():
+        return None
+    if reward.kind == "last token":
+        values = reward.token_rewards(vocab_size)
+        if not bool((values < math.inf).all()):  # NaN too
+            return None
+        return native.token_reward(values.tolist())
+    if isinstance(reward, TermReward):
+        return _compiled_term_row(reward)
+    if isinstance(reward, CombinedReward):
+        # A part of weight 0 is left out: 0 times -inf is no number.
+        parts = [(compiled(part, vocab_size), w) for part, w in reward.parts if w]
+        known = [(part, weight) for part, weight in parts if part is not None]
+        if known and len(known) == len(parts):
+            return native.sum_reward(known)
+    return None
+
+
+class _RowStates(RewardState):
+    """One `_TokenRow` for each text."""
+
+    def __init__(self, rows: list[_TokenRow], device: torch.device) -> None:
+        self.rows, self.device = rows, device
+
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        rewards = torch.stack([torch.as_tensor(row.candidates()) for row in self.rows])
+        rewards = rewards.to(self.device)  # (B, V)
+        return rewards if ids is None else rewards.gather(1, ids)
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.advance(token)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.rows = [self.rows[row].copy() for row in rows.tolist()]
+
+
+class _TermAutomaton:
+    """The matcher over a vocabulary: every token as folded characters, and which of them matter."""
+
+    def __init__(self, terms: Sequence[str], tokenizer: Tokenizer) -> None:
+        self.matcher = _Matcher(terms)
+        self.pieces = tokenizer.token_bytes
+        self.texts = []  # whole characters of every token on its own, folded
+        for raw in self.pieces:
+            text, _ = _decode(b"", raw)
+            self.texts.append(_fold(text))
+        self._characters = set("".join(self.texts))
+        # By first character: tokens, and a representative that leads nowhere for the rest.
+        self.starting_with: dict[str, list[int]] = {}
+        self.of_kind: dict[str, torch.Tensor] = {}
+        kinds: dict[str, list[int]] = {_OTHER_LETTER: [], _OTHER: [], _END: [], "": []}
+        for token, (text, raw) in enumerate(zip(self.texts, self.pieces, strict=True)):
+            if text:
+                self.starting_with.setdefault(text[0], []).append(token)
+                kinds[_OTHER_LETTER if _is_word(text[0]) else _OTHER].append(token)
+            else:
+                kinds["" if raw else _END].append(token)
+        self.of_kind = {kind: torch.tensor(ids, dtype=torch.int64) for kind, ids in kinds.items()}
+        # Tokens that can only go on with an unfinished character.
+        self.continuing = [i for i, raw in enumerate(self.pieces) if raw and raw[0] & 0xC0 == 0x80]
+        # Tokens that lead somewhere from a state on the way to nothing: the only ones that matter
+        # there, and wherever their first character goes on with no match.
+        self.sprouts: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
+        for start in (_ROOT, _IN_WORD):
+            self.sprouts[start] = []
+            for token, text in enumerate(self.texts):
+                found: list[int] = []
+                end = self.walk(start, text, found)
+                if end > _ROOT or found:
+                    self.sprouts[start].append((token, end, tuple(found)))
+        self._kept: OrderedDict[tuple[int, bytes, int], torch.Tensor] = OrderedDict()
+        self._most_kept = max(8, min(_MOST_KEPT, 2**22 // len(self.pieces)))
+
+    def writes(self, character: str) -> bool:
+        """Whether tokens can write a character that folds to this one, whole or byte by byte."""
+        if character in self._characters:
+            return True
+        forms = {character, character.upper(), character.swapcase()}
+        return any(self._spells(form.encode()) for form in forms if len(form) == 1)
+
+    def _spells(self, raw: bytes) -> bool:
+        """Whether the end of a token, then whole tokens, then the beginning of one make `raw`."""
+        size = len(raw)
+        reached = {i for i in range(1, size) if any(p.endswith(raw[:i]) for p in self.pieces)}
+        for i in range(1, size):
+            if i in reached:
+                if any(p.startswith(raw[i:]) for p in self.pieces):
+                    return True
+                reached |= {j for j in range(i + 1, size) if raw[i:j] in self.pieces}
+        return False
+
+    def walk(self, state: int, text: str, found: list[int]) -> int:
+        for character in text:
+            state = self.matcher.feed(state, character, found)
+        return state
+
+    def worth(self, end: int, found: Iterable[int], counted: int) -> float:
+        """The potential at `end` with the terms in `found` on the way."""
+        fresh = 0
+        for term in found:
+            fresh |= 1 << term
+        fresh &= ~counted
+        more = self.matcher.potentials(counted | fresh)[end] if end > _ROOT else 0.0
+        return fresh.bit_count() + more
+
+    def rewards(self, state: int, held: bytes, counted: int) -> torch.Tensor:
+        """(V,) float64 from a state, an unfinished character, and the terms that are counted."""
+        key = (state, held, counted)
+        if key not in self._kept:
+            self._kept[key] = self._compute(state, held, counted)
+            if len(self._kept) > self._most_kept:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _compute(self, state: int, held: bytes, counted: int) -> torch.Tensor:
+        before = self.worth(state, (), counted)
+        if not held:
+            return self._from_whole_character(state, [], counted) - before
+        # Whatever does not go on with the unfinished character makes U+FFFD of it.
+        found: list[int] = []
+        turned = self.matcher.feed(state, _REPLACEMENT, found)
+        rewards = self._from_whole_character(turned, found, counted)
+        for token in self.continuing:
+            on_the_way: list[int] = []
+            text, _ = _decode(held, self.pieces[token])
+            end = self.walk(state, _fold(text), on_the_way)
+            rewards[token] = self.worth(end, on_the_way, counted)
+        return rewards - before
+
+    def _from_whole_character(self, state: int, found: list[int], counted: int) -> torch.Tensor:
+        rewards = torch.zeros(len(self.pieces), dtype=torch.float64)
+        for kind, ids in self.of_kind.items():
+            on_the_way = list(found)
+            end = self.matcher.feed(state, kind, on_the_way) if kind else state
+            rewards[ids] = self.worth(end, on_the_way, counted)
+        # Wherever the first character goes on with no match, the text is on its own from there.
+        goes_on = self.matcher.ways_on(state)
+        for before_letter in (True, False):
+            on_the_way = list(found)
+            start = self.matcher.abandon(state, before_letter, on_the_way)
+            for token, end, of_token in self.sprouts[start]:
+                first = self.texts[token][0]
+                if _is_word(first) is before_letter and first not in goes_on:
+                    rewards[token] = self.worth(end, [*on_the_way, *of_token], counted)
+        for character in goes_on:
+            for token in self.starting_with.get(character, ()):
+                on_the_way = list(found)
+                end = self.walk(state, self.texts[token], on_the_way)
+                rewards[token] = self.worth(end, on_the_way, counted)
+        return rewards
+
+
+class _TermRow:
+    """The automaton's place in one text."""
+
+    def __init__(self, automaton: _TermAutomaton) -> None:
+        self.automaton = automaton
+        self.state, self.held, self.counted = _ROOT, b"", 0
+
+    def candidates(self) -> torch.Tensor:
+        return self.automaton.rewards(self.state, self.held, self.counted)
+
+    def advance(self, token: int) -> float:
+        """Go on with a token; gives its reward."""
+        automaton, found = self.automaton, list[int]()
+        before = automaton.worth(self.state, (), self.counted)
+        raw = automaton.pieces[token]
+        if raw:
+            text, self.held = _decode(self.held, raw)
+            self.state = automaton.walk(self.state, _fold(text), found)
+        else:
+            if self.held:
+                self.state = automaton.matcher.feed(self.state, _REPLACEMENT, found)
+            self.held = b""
+            self.state = automaton.matcher.feed(self.state, _END, found)
+        after = automaton.worth(self.state, found, self.counted)
+        for term in found:
+            self.counted |= 1 << term
+        return after - before
+
+    def copy(self) -> "_TermRow":
+        twin = _TermRow(self.automaton)
+        twin.state, twin.held, twin.counted = self.state, self.held, self.counted
+        return twin
+
+
+def _decode(held: bytes, raw: bytes) -> tuple[str, bytes]:
+    """Whole characters of held + raw, U+FFFD for what is none, and the unfinished rest."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(held + raw)
+    return text, decoder.getstate()[0]
+
+
+class PrefixReward(Reward):
+    """Rewards whose values are computed for whole prefixes, one call a step."""
+
+    kind = "prefix"
+    scores_all = False
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        return _PrefixState(self, prompt)
+
+    @abstractmethod
+    def values(
+        self, texts: torch.Tensor, prompt_length: int, owners: Sequence[int]
+    ) -> torch.Tensor:
+        """Values of prefixes (N, T) that begin with a prompt; owners: the prompts' rows."""
+
+    def totals(
+        self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """The values of the finished texts, in one call for each length that occurs."""
+        total = torch.zeros(len(new), dtype=torch.float64)
+        lengths = lengths.cpu()
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            if length == 0:
+                continue
+            texts = torch.cat([prompt, new[:, :length]], 1)[rows.to(new.device)]
+            values = self.values(texts, prompt.shape[1], rows.tolist())
+            total[rows] = values.to("cpu", torch.float64)
+        return total
+
+
+class _PrefixState(RewardState):
+    """Texts so far and their values; a step's reward is the difference."""
+
+    def __init__(self, reward: PrefixReward, prompt: torch.Tensor) -> None:
+        self.reward, self.texts, self.prompt_length = reward, prompt, prompt.shape[1]
+        self.owners = list(range(len(prompt)))
+        self.value = torch.zeros(len(prompt), dtype=torch.float64, device=prompt.device)
+        self._asked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        if ids is None:
+            raise ValueError(f"{self.reward.__name__} is asked about candidates, not all tokens")
+        rows, k = ids.shape
+        texts = torch.cat([self.texts.repeat_interleave(k, 0), ids.reshape(-1, 1)], 1)
+        owners = [owner for owner in self.owners for _ in range(k)]
+        values = self.reward.values(texts, self.prompt_length, owners)
+        values = values.to(ids.device, torch.float64).view(rows, k)
+        self._asked = (ids, values)
+        # What follows a forbidden prefix has its own value: -inf - -inf is no number.
+        before = self.value.masked_fill(self.value == -math.inf, 0.0)
+        return values - before[:, None]
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        if self._asked is None or not bool((self._asked[0] == tokens[:, None]).any(1).all()):
+            self.candidates(tokens[:, None])
+        assert self._asked is not None
+        ids, values = self._asked
+        place = (ids == tokens[:, None]).int().argmax(1, keepdim=True)
+        self.value = values.gather(1, place)[:, 0]
+        self.texts = torch.cat([self.texts, tokens[:, None]], 1)
+        self._asked = None
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.texts, self.value, self._asked = self.texts[rows], self.value[rows], None
+        self.owners = [self.owners[row] for row in rows.tolist()]
+
+
+class IdsReward(PrefixReward):
+    """Any function of ids, (N, T) int64 -> (N,), as a reward; see `ids_reward_fn`."""
+
+    def __init__(self, function: Callable[[torch.Tensor], Any], *, per_step: bool = False) -> None:
+        self.function, self.per_step = function, per_step
+        self.kind = "step" if per_step else "prefix"
+        self.__name__ = name_of(function)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.values(tokens, 0, range(len(tokens))).to(torch.float32)
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        return _StepState(self, prompt) if self.per_step else _PrefixState(self, prompt)
+
+    def values(
+        self, texts: torch.Tensor, prompt_length: int, owners: Sequence[int]
+    ) -> torch.Tensor:
+        values = torch.as_tensor(self.function(texts))
+        if values.shape != (len(texts),):
+            raise RewardError(
+                f"it gave shape {tuple(values.shape)} for {len(texts)} texts, not ({len(texts)},)"
+            )
+        return values.detach().to(torch.float64)
+
+    def totals(
+        self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        sums = Reward.totals if self.per_step else PrefixReward.totals
+        return sums(self, prompt, new, lengths)
+
+
+class _StepState(_PrefixState):
+    """Texts so far; the function's value is the step's reward itself."""
+
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        self.value.zero_()
+        return super().candidates(ids)
+
+
+def ids_reward_fn(function: Callable[[torch.Tensor], Any], *, per_step: bool = False) -> IdsReward:
+    """A function of ids as a reward of decoding, called once a step for all candidates.
+
+    Args:
+        function: (N, T) int64, prompt and text up to a candidate, -> (N,) numbers.
+        per_step: whether its values are rewards of the last step, which add up; else they are
+            values of the whole text, of which the last one counts.
+    """
+    return IdsReward(function, per_step=per_step)
+
+
+class TextFunctionReward(PrefixReward):
+    """A reward in TRL's signature during decoding; see `text_reward_fn`."""
+
+    def __init__(
+        self,
+        function: TextReward,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self.function, self.tokenizer = function, tokenizer
+        self.prompts = None if prompts is None else list(prompts)
+        self.columns = dict(columns or {})
+        self.__name__ = name_of(function)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.values(tokens, 0, range(len(tokens))).to(torch.float32)
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        for name, column in {"prompts": self.prompts, **self.columns}.items():
+            if column is not None and len(column) != len(prompt):
+                raise RewardError(f"it has {len(column)} {name} for {len(prompt)} rows")
+        return super().begin(prompt)
+
+    def values(
+        self, texts: torch.Tensor, prompt_length: int, owners: Sequence[int]
+    ) -> torch.Tensor:
+        rows = texts.tolist()
+        completion_ids = [row[prompt_length:] for row in rows]
+        if self.prompts is not None and prompt_length:
+            prompts = [self.prompts[owner] for owner in owners]
+        else:
+            prompts = [self._text(row[:prompt_length]) for row in rows]
+        columns = {}
+        if prompt_length:
+            columns = {
+                name: [column[owner] for owner in owners] for name, column in self.columns.items()
+            }
+        completions = [self._text(ids) for ids in completion_ids]
+        values = self.function(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+        )
+        return _numbers(values, len(rows))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Text of ids with the special token spelled out, so that no id is invisible."""
+        end, parts, run = self.tokenizer.end_of_text_id, [], list[int]()
+        for token in ids:
+            if token == end:
+                parts += [self.tokenizer.decode(run), END_OF_TEXT]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*parts, self.tokenizer.decode(run)])
+
+
+def text_reward_fn(
+    function: TextReward,
+    tokenizer: Tokenizer,
+    *,
+    prompts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> TextFunctionReward:
+    """A reward in TRL's signature as a reward of decoding.
+
+    It is called once a step, with the texts of all candidates of all rows: `completions` up to and
+    with the candidate, the special token spelled out, and `completion_ids`. Its values are values
+    of the prefix, so a function that makes sense for finished texts only steers badly.
+
+    Args:
+        function: (prompts, completions, completion_ids, **columns) -> one number a completion.
+        prompts: what to give as prompts instead of the decoded ones, one for each row.
+        columns: further arguments, a sequence of one value for each row.
+    """
+    return TextFunctionReward(function, tokenizer, prompts, columns)
+
+
+def _numbers(values: Any, count: int) -> torch.Tensor:
+    """What a text reward gave, (count,) float64."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    elif isinstance(values, Sequence):
+        odd = next((v for v in values if isinstance(v, str) or not hasattr(v, "__float__")), None)
+        if odd is not None or None in values:
+            raise RewardError(f"it gave {odd!r} among its rewards, which is no number")
+        values = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    values = torch.as_tensor(values)
+    if values.shape != (count,):
+        raise RewardError(f"it gave shape {tuple(values.shape)} for {count} texts, not ({count},)")
+    return values.to(torch.float64)
+
+
+def name_of(function: Any) -> str:
+    """What errors and journals call a reward."""
+    return str(getattr(function, "__name__", None) or type(function).__name__)
+
+
+def as_reward(reward_fn: Any) -> Reward:
+    """The Reward that a user's `reward_fn` is: one already, or a function of ids.
+
+    Raises: TypeError, in words, for what is neither.
+    """
+    if isinstance(reward_fn, Reward):
+        return reward_fn
+    if isinstance(reward_fn, _TextRewardFunction) or _takes_completions(reward_fn):
+        raise TypeError(
+            f"{name_of(reward_fn)} rewards texts: give text_reward_fn({name_of(reward_fn)}, "
+            f"tokenizer) to decoding"
+        )
+    if isinstance(reward_fn, type):
+        raise TypeError(f"reward_fn is the class {name_of(reward_fn)}: give an object of it")
+    if hasattr(reward_fn, "candidates"):
+        return _BegunReward(reward_fn)
+    if callable(reward_fn):
+        return IdsReward(reward_fn)
+    raise TypeError(
+        f"reward_fn must be a Reward or a function of ids (N, T) -> (N,), "
+        f"not {type(reward_fn).__name__}"
+    )
+
+
+def _takes_completions(function: Any) -> bool:
+    try:
+        return "completions" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # no function, or a built-in one without a signature
+        return False
+
+
+class _BegunReward(Reward):
+    """A state that the user has made: candidates, advance and, for more than one row, select."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.__name__ = name_of(state)
+        self.reads_hidden = bool(getattr(state, "reads_hidden", False))
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{self.__name__} is a state of decoding and knows no other texts")
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        missing = [m for m in ("advance", "select") if not hasattr(self.state, m)]
+        if missing:
+            raise TypeError(f"{self.__name__} has candidates, but no {' and no '.join(missing)}")
+        state: RewardState = self.state
+        return state
+
+
+class CombinedReward(Reward):
+    """A weighted sum of rewards; see `combine`."""
+
+    def __init__(self, parts: Sequence[tuple[Reward, float]]) -> None:
+        self.parts = [(reward, float(weight)) for reward, weight in parts]
+        self.__name__ = " + ".join(f"{weight:g} {r.__name__}" for r, weight in self.parts)
+        kinds = {reward.kind for reward, _ in self.parts}
+        self.kind = kinds.pop() if len(kinds) == 1 else "step"
+        self.scores_all = all(reward.scores_all for reward, _ in self.parts)
+        self.reads_hidden = any(reward.reads_hidden for reward, _ in self.parts)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack([weight * reward(tokens) for reward, weight in self.parts]).sum(0)
+
+    def check_model(self, model: Any) -> None:
+        for reward, _ in self.parts:
+            reward.check_model(model)
+
+    def token_rewards(self, vocab_size: int) -> torch.Tensor:
+        rewards = [w * r.token_rewards(vocab_size) for r, w in self.parts if w]
+        return functools.reduce(torch.add, rewards, torch.zeros(vocab_size, dtype=torch.float64))
+
+    def begin(self, prompt: torch.Tensor) -> RewardState:
+        return _CombinedState([(reward.begin(prompt), w) for reward, w in self.parts])
+
+    def totals(
+        self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.stack([w * r.totals(prompt, new, lengths) for r, w in self.parts]).sum(0)
+
+
+class _CombinedState(RewardState):
+    def __init__(self, parts: list[tuple[RewardState, float]]) -> None:
+        self.parts = parts
+
+    def see(self, hidden: torch.Tensor) -> None:
+        for state, _ in self.parts:
+            state.see(hidden)
+
+    def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        # A part of weight 0 is not asked: 0 times -inf is no number.
+        rewards = [weight * state.candidates(ids) for state, weight in self.parts if weight]
+        if not rewards:
+            return 0.0 * self.parts[0][0].candidates(ids)
+        return functools.reduce(torch.add, rewards)
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        for state, _ in self.parts:
+            state.advance(tokens)
+
+    def select(self, rows: torch.Tensor) -> None:
+        for state, _ in self.parts:
+            state.select(rows)
+
+
+class _TextRewardFunction:
+    """A reward of finished texts in TRL's signature."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        raise NotImplementedError
+
+
+class DomainTermReward(_TextRewardFunction):
+    """Share of distinct terms in each completion; see `domain_term_reward`."""
+
+    def __init__(
+        self, terms: Iterable[str], *, distinct: bool = True, cap: int = 1, casefold: bool = True
+    ) -> None:
+        self.__name__ = "domain_term_reward"
+        self.distinct, self.cap, self.casefold = distinct, cap, casefold
+        self.terms = list(dict.fromkeys(self._fold(term) for term in terms))
+        if not self.terms or "" in self.terms:
+            raise ValueError("terms must be at least one, and none of them empty")
+        if cap < 1 or (distinct and cap != 1):
+            raise ValueError(f"cap must be at least 1, and 1 for distinct terms, not {cap}")
+        ordered = sorted(self.terms, key=len, reverse=True)
+        any_term = "|".join(re.escape(term) for term in ordered)
+        self._pattern = re.compile(rf"(?<!\w)(?:{any_term})(?!\w)")
+
+    def _fold(self, text: str) -> str:
+        text = unicodedata.normalize("NFC", text)
+        # Folding may leave a text that is not composed.
+        return unicodedata.normalize("NFC", text.casefold()) if self.casefold else text
+
+    def matches(self, text: str) -> Counter[str]:
+        """How often each term stands in a text; terms as `self.terms` has them."""
+        return Counter(self._pattern.findall(self._fold(text)))
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        most = len(self.terms) * _harmonic(self.cap)
+        return [
+            sum(_harmonic(min(count, self.cap)) for count in self.matches(text).values()) / most
+            for text in _given(completions, "completions", self)
+        ]
+
+
+def domain_term_reward(
+    terms: Iterable[str], *, distinct: bool = True, cap: int = 1, casefold: bool = True
+) -> DomainTermReward:
+    """Share of a list of terms that a completion holds as whole words, 0 to 1, in TRL's signature.
+
+    Texts and terms are NFC and case-folded; matching is (?<!\\w)(?:t1|t2|…)(?!\\w), longer terms
+    first, without overlaps: "general" does not hold "gene". Only completions count, not prompts.
+
+    Args:
+        terms: at least one; those that fold to the same count once.
+        distinct: a term counts once, however often it comes. If not, its k-th occurrence counts
+            1/k, up to `cap` of them, and the sum is divided by its largest possible value.
+        cap: occurrences of one term that count; 1 for distinct terms.
+        casefold: False compares letters as they are.
+    Raises: ValueError for no term, an empty one, or a cap out of range.
+    """
+    return DomainTermReward(terms, distinct=distinct, cap=cap, casefold=casefold)
+
+
+def _harmonic(count: int) -> float:
+    return sum(1 / k for k in range(1, count + 1))
+
+
+class RepetitionPenalty(_TextRewardFunction):
+    """A penalty for repeated n-grams; see `repetition_penalty_reward`."""
+
+    def __init__(
+        self, ngram_size: int = 3, max_penalty: float = -1.0, *, unit: str = "ids"
+    ) -> None:
+        self.__name__ = "repetition_penalty_reward"
+        if ngram_size < 1:
+            raise ValueError(f"ngram_size must be at least 1, not {ngram_size}")
+        if not (max_penalty <= 0 and math.isfinite(max_penalty)):
+            raise ValueError(f"max_penalty must be finite and at most 0, not {max_penalty}")
+        if unit not in ("ids", "words"):
+            raise ValueError(f"unit must be ids or words, not {unit!r}")
+        self.ngram_size, self.max_penalty, self.unit = ngram_size, max_penalty, unit
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        items: Iterable[Sequence[Any]]
+        if self.unit == "ids":
+            items = _given(completion_ids, "completion_ids", self)
+        else:
+            items = [text.casefold().split() for text in _given(completions, "completions", self)]
+        return [self._penalty(sequence) for sequence in items]
+
+    def _penalty(self, sequence: Sequence[Any]) -> float:
+        count = len(sequence) - self.ngram_size + 1
+        if count < 1:
+            return 0.0
+        ngrams = {tuple(sequence[i : i + self.ngram_size]) for i in range(count)}
+        return self.max_penalty * (1 - len(ngrams) / count) + 0.0  # no negative zero
+
+
+def repetition_penalty_reward(
+    ngram_size: int = 3, max_penalty: float = -1.0, *, unit: str = "ids"
+) -> RepetitionPenalty:
+    """max_penalty (1 - distinct n-grams / n-grams) of each completion, in TRL's signature.
+
+    Args:
+        ngram_size: n; shorter completions are not punished.
+        max_penalty: at most 0, the limit for a completion of one n-gram alone.
+        unit: n-grams of "ids" (completion_ids, as TRL's) or of case-folded "words", which suits
+            character vocabularies, whose n-grams repeat in any text.
+    Source: Yeo et al. 2025 (arXiv:2502.03373), appendix; TRL's get_repetition_penalty_reward.
+    """
+    return RepetitionPenalty(ngram_size, max_penalty, unit=unit)
+
+
+class SoftOverlongPunishment(_TextRewardFunction):
+    """A penalty near the length limit; see `soft_overlong_punishment`."""
+
+    def __init__(self, max_completion_length: int, cache: int) -> None:
+        self.__name__ = "soft_overlong_punishment"
+        if not 0 < cache <= max_completion_length:
+            raise ValueError(
+                f"cache must be above 0 and at most max_completion_length "
+                f"{max_completion_length}, not {cache}"
+            )
+        self.max_completion_length, self.cache = max_completion_length, cache
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        free = self.max_completion_length - self.cache
+        return [
+            -1.0
+            if len(ids) > self.max_completion_length
+            else min(0.0, (free - len(ids)) / self.cache)
+            for ids in _given(completion_ids, "completion_ids", self)
+        ]
+
+
+def soft_overlong_punishment(max_completion_length: int, cache: int) -> SoftOverlongPunishment:
+    """0 up to max_completion_length - cache tokens, then down to -1 at the limit and beyond.
+
+    Args:
+        max_completion_length, cache: tokens.
+    Source: Yu et al. 2025, DAPO (arXiv:2503.14476), equation 13; TRL's
+        get_soft_overlong_punishment.
+    """
+    return SoftOverlongPunishment(max_completion_length, cache)
+
+
+class CombinedTextReward(_TextRewardFunction):
+    """A weighted sum of text rewards; see `combine`."""
+
+    def __init__(self, parts: Sequence[tuple[TextReward, float]]) -> None:
+        self.parts = [(reward, float(weight)) for reward, weight in parts]
+        self.__name__ = " + ".join(f"{weight:g} {name_of(r)}" for r, weight in self.parts)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[str] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        given = completions if completions is not None else completion_ids
+        count = len(_given(given, "completions", self))
+        total = torch.zeros(count, dtype=torch.float64)
+        for reward, weight in self.parts:
+            values = reward(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+            try:
+                total += weight * _numbers(values, count)
+            except ValueError as error:
+                raise RewardError(f"the reward {name_of(reward)!r}: {error}") from None
+        return total.tolist()
+
+
+def combine(parts: Sequence[tuple[Any, float]]) -> "CombinedReward | CombinedTextReward":
+    """The weighted sum of several rewards, all of decoding or all of texts.
+
+    Args:
+        parts: (reward, weight) pairs: `Reward`s, or functions in TRL's signature. Turn the latter
+            into the former with `text_reward_fn` where both are wanted.
+    Returns: a reward of the same sort.
+    Raises: ValueError for no part, a weight that is not finite, or a mixture of both sorts.
+    """
+    pairs = list(parts)
+    if not pairs:
+        raise ValueError("there are no rewards to combine")
+    for reward, weight in pairs:
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {name_of(reward)} must be finite, not {weight}")
+    of_decoding = [isinstance(reward, Reward) for reward, _ in pairs]
+    if all(of_decoding):
+        return CombinedReward(pairs)
+    if any(of_decoding):
+        odd = name_of(pairs[of_decoding.index(False)][0])
+        raise ValueError(
+            f"{odd} is not a Reward of decoding as the others are: wrap it with text_reward_fn "
+            f"(texts) or ids_reward_fn (ids)"
+        )
+    return CombinedTextReward(pairs)
+
+
+def _given(value: Any, name: str, reward: Any) -> Any:
+    if value is None:
+        raise ValueError(f"{reward.__name__} needs {name}")
+    return value
