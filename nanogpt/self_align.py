@@ -57,7 +57,7 @@ KL_BUDGET_PER_TOKEN = 0.05
 _COMPARED_BYTES = 2**28  # logits of both models at once
 _GUARD_WINDOWS = 512
 _HELDOUT_TOKENS = 2**16  # of general text, which is read after every round
-_CORPUS_TOKENS = 2**22  # of original text in which copied pieces are looked for
+_CORPUS_CHARACTERS = 2**22  # of original text in which copied pieces are looked for
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Samples:
     """Texts that a policy wrote.
 
     Attributes:
-        texts: completions, without the words that their edges cut: what is scored and compared.
+        written: completions as they were drawn: two that are equal are duplicates.
+        texts: the same without the words that their edges cut: what is scored.
         prompts: what each one continued.
         n_tokens: (n,) int64, tokens of each completion.
         counts: (n,) float64, draws that each one stands for: 1, or an importance weight
@@ -142,6 +143,7 @@ class Samples:
         tilted: drawn from a decoder that the rewards have moved.
     """
 
+    written: list[str]
     texts: list[str]
     prompts: list[str]
     n_tokens: torch.Tensor
@@ -162,6 +164,7 @@ class Samples:
         listed = rows.tolist()
         return replace(
             self,
+            written=[self.written[i] for i in listed],
             texts=[self.texts[i] for i in listed],
             prompts=[self.prompts[i] for i in listed],
             n_tokens=self.n_tokens[rows],
@@ -336,7 +339,7 @@ class SelfAlignTrainer:
 
     def texts(self, number: int) -> list[str]:
         """What the base (0), or a round that was kept, has written."""
-        return self._drawn[number].samples.texts
+        return self._drawn[number].samples.written
 
     def state(self) -> dict[str, Any]:
         """Everything that goes on from here depends on, beside base, reward and configuration.
@@ -576,7 +579,7 @@ class SelfAlignTrainer:
             "kl_se": kl_deviation / math.sqrt(len(samples)),
             "entropy": _mean(samples.entropy, counts) / max(tokens, 1e-9),
             "mean_length": tokens,
-            "duplicate_rate": duplicate_rate(samples.texts),
+            "duplicate_rate": duplicate_rate(samples.written),
             "val_loss": val_loss,
             "val_loss_change": change,
             **(self._measure(samples) if self._measure else {}),
@@ -612,7 +615,7 @@ def _all_equal(values: torch.Tensor) -> bool:
 
 def _first_of_each(samples: Samples) -> torch.Tensor:
     """Rows of the texts that no earlier row equals."""
-    first = {text: row for row, text in reversed(list(enumerate(samples.texts)))}
+    first = {text: row for row, text in reversed(list(enumerate(samples.written)))}
     return torch.tensor(sorted(first.values()))
 
 
@@ -620,6 +623,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
     tokens = [part.tokens for part in parts if part.tokens is not None]
     return replace(
         parts[0],
+        written=[text for part in parts for text in part.written],
         texts=[text for part in parts for text in part.texts],
         prompts=[text for part in parts for text in part.prompts],
         n_tokens=torch.cat([part.n_tokens for part in parts]),
@@ -666,7 +670,8 @@ class GPTPolicy:
     Args:
         base: where every round begins; it is not changed. It needs a tokenizer.
         anchor: (n,) ids of original text: prompts, and what is mixed in.
-        heldout: (m,) ids of original text that no round trains on; m may be 0.
+        heldout: (m,) ids of original text that no round trains on, of which the first 65,536 are
+            used; m may be 0.
         decoder_reward: what distil_beta multiplies in the reward-augmented decoder, see
             `nanogpt.rewards.term_reward_fn`.
         dtype: of the products in training and measuring; drawing is in the model's own.
@@ -701,7 +706,7 @@ class GPTPolicy:
                 f"the anchor text is too short: {len(anchor):,} tokens, no more than one sample "
                 f"with its prompt, {self.row_tokens:,}"
             )
-        self.anchor, self.heldout = anchor, heldout
+        self.anchor, self.heldout = anchor, heldout[:_HELDOUT_TOKENS]
 
     @property
     def row_tokens(self) -> int:
@@ -743,11 +748,12 @@ class GPTPolicy:
         counted = torch.arange(new.shape[1]) < lengths[:, None]
         kl, entropy, nll = self._compared(tokens, counted)
         prompts = [self.tokenizer.decode(row) for row in tokens[:, :p].tolist()]
-        texts = []
+        written, texts = [], []
         for row, length, before in zip(new.tolist(), lengths.tolist(), prompts, strict=True):
-            text = self.tokenizer.decode(row[:length])
-            texts.append(whole_words(text, before, cut_off=row[length - 1] != end))
+            written.append(self.tokenizer.decode(row[:length]))
+            texts.append(whole_words(written[-1], before, cut_off=row[length - 1] != end))
         return Samples(
+            written=written,
             texts=texts,
             prompts=prompts,
             n_tokens=lengths,
@@ -927,13 +933,13 @@ class TextMeasures:
     Args:
         terms: those that are rewarded.
         heldout_terms: those that only judge; may be empty.
-        corpus: original text, for what is copied from it.
+        corpus: original text, for what is copied from it; of a long one the beginning.
     """
 
     def __init__(self, terms: Sequence[str], heldout_terms: Sequence[str], corpus: str) -> None:
         self.terms = domain_term_reward(terms)
         self.heldout_terms = domain_term_reward(heldout_terms) if heldout_terms else None
-        self.corpus = corpus
+        self.corpus = corpus[:_CORPUS_CHARACTERS]
 
     def __call__(self, samples: Samples) -> dict[str, Any]:
         texts, lengths = samples.texts, samples.n_tokens.tolist()
@@ -957,21 +963,20 @@ class TextMeasures:
         return measured
 
 
-def split_terms(
-    terms: Sequence[str], fraction: float = 1 / 3, seed: int = 0
-) -> tuple[list[str], list[str]]:
-    """Terms to reward and terms that only judge, each in the order given.
+def split_terms(terms: Sequence[str], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Terms to reward and a third that only judges, each in the order given.
 
-    Of three or more at least one judges; of fewer none. Terms that are equal but for case count
+    Of three terms or more at least one judges, of fewer none. Terms that differ in case alone count
     once.
     """
-    different = list({term.casefold().strip(): term.strip() for term in reversed(terms)}.values())
-    different.reverse()
+    different: dict[str, str] = {}
+    for term in terms:
+        different.setdefault(term.strip().casefold(), term.strip())
     n = len(different)
-    held = max(1, round(fraction * n)) if n >= 3 and fraction > 0 else 0
-    chosen = set(np.random.default_rng((seed, n)).permutation(n)[: min(held, n - 1)].tolist())
-    rewarded = [term for i, term in enumerate(different) if i not in chosen]
-    return rewarded, [term for i, term in enumerate(different) if i in chosen]
+    count = max(1, round(n / 3)) if n >= 3 else 0
+    held = set(np.random.default_rng(seed).permutation(n)[:count].tolist())
+    rewarded = [term for i, term in enumerate(different.values()) if i not in held]
+    return rewarded, [term for i, term in enumerate(different.values()) if i in held]
 
 
 def make_self_alignment(
@@ -1004,7 +1009,7 @@ def make_self_alignment(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("self-alignment needs the model's tokenizer")
-    rewarded, judging = split_terms(terms, seed=config.seed)
+    rewarded, judging = split_terms(terms, config.seed)
     for term in rewarded + judging:
         term_reward_fn([term], tokenizer)
     if not judging and note is not None:
@@ -1015,18 +1020,18 @@ def make_self_alignment(
     policy = GPTPolicy(
         model,
         anchor[:cut],
-        anchor[cut : cut + _HELDOUT_TOKENS],
+        anchor[cut:],
         fit,
         decoder_reward=term_reward_fn(rewarded, tokenizer),
         dtype=dtype,
     )
-    ends = bool((anchor[:_CORPUS_TOKENS] == tokenizer.end_of_text_id).mean() > 1 / 1000)
+    ends = bool((anchor[:_CORPUS_CHARACTERS] == tokenizer.end_of_text_id).mean() > 1 / 1000)
     reward = AlignmentReward(
         rewarded,
         usual_nll=policy.usual_nll(),
         longest=policy.completion_tokens if ends else None,
     )
-    corpus = tokenizer.decode(np.asarray(anchor[: min(cut, _CORPUS_TOKENS)]).tolist())
+    corpus = tokenizer.decode(np.asarray(anchor[: min(cut, _CORPUS_CHARACTERS)]).tolist())
     return SelfAlignTrainer(
         policy,
         reward,

@@ -61,8 +61,10 @@ class Table:
             rows = torch.multinomial(q, n, replacement=True, generator=draw)
             counts = (self.p / q)[rows] if self.weighted else torch.ones(n, dtype=torch.float64)
         log_ratio = self.p.log() - self.p0.log()
+        texts = [TEXTS[i] for i in rows.tolist()]
         return Samples(
-            texts=[TEXTS[i] if len(q) == 2 else str(i) for i in rows.tolist()],
+            written=texts,
+            texts=texts,
             prompts=[""] * len(rows),
             n_tokens=torch.ones(len(rows), dtype=torch.int64),
             counts=counts,
@@ -412,15 +414,15 @@ def test_a_reward_that_is_not_finite_is_refused(bad):
 
 # A GPT as the policy.
 
-WORDS = "sun moon star rain snow wind tree leaf root seed bird wing fish king crown queen".split()
+COMMON = ("sun", "moon", "star", "rain", "snow", "wind", "tree", "leaf", "root", "seed", "bird")
+RARE = ("king", "crown", "queen")
 
 
 def sentences(n, seed=0):
     rng = random.Random(seed)
-    weights = [6] * 13 + [1] * 3
-    return "".join(
-        " ".join(rng.choices(WORDS, weights, k=rng.randint(3, 6))) + ".\n" for _ in range(n)
-    )
+    weights = [6] * len(COMMON) + [1] * len(RARE)
+    words = [rng.choices(COMMON + RARE, weights, k=rng.randint(3, 6)) for _ in range(n)]
+    return "".join(" ".join(sentence) + ".\n" for sentence in words)
 
 
 @pytest.fixture(autouse=True)
@@ -434,7 +436,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def writer():
-    """A small GPT that has learnt sentences of sixteen words, three of them rare; and its text."""
+    """A small GPT that has learnt sentences of fourteen words, three of them rare; and its text."""
     text = sentences(3000)
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode_array(text)
@@ -532,6 +534,7 @@ def test_texts_are_scored_without_the_words_that_their_edges_cut():
     ]
     samples = policy._described(torch.tensor(rows), tilted=False)
     assert samples.texts == [" gene ", " the gene", "gene"]
+    assert samples.written == ["ne gene gene", "ne the gene", "gene"]
     assert samples.n_tokens.tolist() == [12, 12, 5]
     assert samples.prompts == ["the ge", "the ge", "the. ."]
 
@@ -588,6 +591,7 @@ def samples_of(*texts, base_nll=1.0, lengths=None):
     lengths = lengths or [max(1, len(text)) for text in texts]
     nothing = torch.zeros(n, dtype=torch.float64)
     return Samples(
+        written=list(texts),
         texts=list(texts),
         prompts=[""] * n,
         n_tokens=torch.tensor(lengths),
@@ -644,7 +648,7 @@ def test_c12_a_gpts_rounds_repeat_and_resume(writer, tmp_path):
 
     def run():
         config = short(kl_budget=50.0, worst_nll_increase=1.0, rounds=2)
-        return make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+        return make_self_alignment(model, RARE, ids, config, fit)
 
     torch.manual_seed(0)
     whole = run()
@@ -672,7 +676,7 @@ def test_the_decoder_writes_what_the_base_hardly_does_and_the_policy_learns_it(w
         num_generations=192, rounds=1, distil_beta=12.0, weighting="identity", kl_budget=50.0,
         worst_nll_increase=1.0,
     )  # fmt: skip
-    aligning = make_self_alignment(model, ["king", "crown", "queen"], ids, config, fit)
+    aligning = make_self_alignment(model, RARE, ids, config, fit)
     written = aligning.policy.sample(192, seed=1, distil_beta=12.0)
     assert written.tilted
     assert float(aligning.reward.accepts(written).double().mean()) > 0.3
@@ -701,8 +705,69 @@ def test_without_original_text_the_base_writes_it(writer):
     model, _ = writer
     fit = FitConfig(prompt_tokens=8, max_completion_length=32, epochs=1)
     config = short(rounds=1)
-    aligning = make_self_alignment(model, ["king", "crown", "queen"], None, config, fit)
+    aligning = make_self_alignment(model, RARE, None, config, fit)
     assert model.tokenizer.end_of_text_id in aligning.policy.anchor
     aligning.train()
     assert len(aligning.rounds) == 2
     assert aligning.rounds[1]["val_loss"] is not None
+
+
+DOMAIN = (
+    "king", "queen", "crown", "throne", "war", "sword", "blood", "battle", "soldier", "prince",
+    "army", "royal", "fight", "enemy", "arms", "duke", "noble", "death",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_c10_on_shakespeare_terms_double_and_the_controls_do_not_move(data_folder):
+    """Held-out terms, general text and variety stay; a minute of training on one core before."""
+    text = (data_folder / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode_array(text)
+    order = BatchOrder(int(0.9 * len(ids)), 64, 32, seed=0)
+    model = GPT(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=4, n_embd=96)
+    model.tokenizer = tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
+    steps = 1200
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        windows = torch.from_numpy(gather(ids, order.starts(step), 64))
+        _, loss = model(windows[:, :-1], windows[:, 1:], return_logits=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def align(rounds, change=None):
+        config = SelfAlignConfig(num_generations=512, rounds=rounds, seed=1)
+        aligning = make_self_alignment(model, DOMAIN, ids, config, FitConfig(prompt_tokens=8))
+        if change is not None:
+            aligning.reward = change(aligning.reward)
+        aligning.train()
+        kept = [metrics for metrics in aligning.rounds if metrics["kept"]]
+        return kept[0], kept[-1]
+
+    def moved(base, last, name="term_rate"):
+        """In standard errors of the difference."""
+        return (last[name] - base[name]) / math.hypot(base[f"{name}_se"], last[f"{name}_se"])
+
+    base, last = align(3)
+    assert last["term_rate"] >= 2 * base["term_rate"]
+    assert moved(base, last, "heldout_term_rate") > -3
+    assert last["val_loss_change"] <= 0.02
+    assert last["distinct_2"] >= 0.8 * base["distinct_2"]
+    assert last["duplicate_rate"] <= 0.05
+    assert last["longest_copied_characters"] < 57  # no sample is a copy
+    # The prediction is of an exact fit; a small model comes close to it.
+    assert 0.4 * last["kl_predicted"] < last["kl"] < 2 * last["kl_predicted"]
+
+    def shuffled(reward):
+        order = torch.Generator().manual_seed(5)
+        return lambda samples: reward(samples)[torch.randperm(len(samples), generator=order)]
+
+    base, last = align(2, shuffled)
+    assert last["round"] == 2
+    assert abs(moved(base, last)) < 3
+    with pytest.warns(RuntimeWarning, match="nothing can be learnt"):
+        base, last = align(2, lambda reward: lambda samples: torch.zeros(len(samples)))
+    assert last["round"] == 0
