@@ -22,6 +22,7 @@ from nanogpt.errors import InputError, NanoGPTError, UsageError
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "train": (configuration.TrainConfig, "nanogpt.train"),
+    "advanced": (configuration.AdvancedConfig, "nanogpt.advanced"),
     "sample": (configuration.SampleConfig, "nanogpt.sample"),
     "calibrate": (configuration.CalibrateConfig, "nanogpt.calibrate"),
     "export": (configuration.ExportConfig, "nanogpt.export.command"),

@@ -426,13 +426,21 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
     )
 
     epochs: int = option(3, "passes over the records", group="training", minimum=1)
+    plain_epochs: int | None = option(
+        None,
+        "passes before those in which every record counts the same; --compare shares them",
+        group="training",
+        minimum=0,
+        auto="as many as --epochs from scratch, 0 with --init",
+    )
     batch_size: int = option(64, "sequences in an optimizer step", group="training", minimum=1)
     learning_rate: float | None = option(
         None,
         "peak learning rate",
         group="training",
         above=0,
-        auto="by the model's width as in train; a quarter of that with --init; 1e-5 in dpo and kto",
+        auto="by the model's width as in train; a quarter of that after --init or --plain-epochs, "
+        "a fortieth in dpo and kto",
     )
     output: str = option(
         "gpt_aligned.pth",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.baselines import text_baselines
-from nanogpt.config import TrainConfig, as_plain_dict
+from nanogpt.config import as_plain_dict
 from nanogpt.data import Corpus
 from nanogpt.plan import Plan
 from nanogpt.report.training import TrainingReport, render_training_report
@@ -95,7 +95,7 @@ class Reporter:
         return self.folder.write_report(render_training_report(report))
 
 
-def flags_as_text(config: TrainConfig) -> dict[str, Any]:
+def flags_as_text(config: Any) -> dict[str, Any]:
     """The flags that differ from None, under the names that --config reads."""
     return {
         name.replace("_", "-"): value

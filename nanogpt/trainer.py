@@ -77,7 +77,9 @@ def make_trainer(
     model.tokenizer = corpus.tokenizer
     model.mark_calibration_stale()
     model.set_kernels(kernels).to(plan.device)
-    optimizer = make_optimizer(model, plan)
+    config = plan.config
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(model, plan.peak_lr, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     trainer = Trainer(model, optimizer, scaler, Position())
     if start is not None:
@@ -89,20 +91,20 @@ def make_trainer(
     return trainer
 
 
-def make_optimizer(model: GPT, plan: Plan) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only, fused where torch has it.
 
     Source: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv:1711.05101).
     """
-    config = plan.config
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def optimizer_step(
@@ -119,7 +121,7 @@ def optimizer_step(
     for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
         part = torch.from_numpy(windows[first : first + plan.micro_batch_size]).to(plan.device)
         if plan.shape.dropout:
-            _seed_dropout(config.seed, position.step, index)
+            seed_dropout(config.seed, position.step, index)
         with machine.autocast(plan.device, plan.dtype):
             _, loss = model(part[:, :-1], part[:, 1:], return_logits=False)
         loss = loss * (len(part) / len(windows))  # windows are equally long: a mean over targets
@@ -135,7 +137,7 @@ def optimizer_step(
     return total, grad_norm
 
 
-def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Dropout is a function of (seed, step, micro-batch), so that a resumed run repeats it."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))

@@ -28,6 +28,12 @@ ALLOWED = {
     "tilt": set(),
     "calibration": set(),
     "judge": set(),
+    "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
+    "offline_run": FILES
+    | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
+    | {"reporter", "reward_data", "run_directory", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "model": {"cache", "config", "decoding", "errors", "kernels", "metadata", "tokenizer"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -44,6 +50,9 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "reward_data": {"errors"},
+    "records": PURE | {"reward_data"},
+    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
@@ -57,6 +66,7 @@ ALLOWED = {
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
+    "reward_data",
     "terms",
 }
 

@@ -101,7 +101,9 @@ def test_words_that_an_edge_cuts_are_left_out():
 
 
 def slow_longest(texts, corpus):
-    pieces = {text[i:j] for text in texts for i in range(len(text)) for j in range(i, len(text) + 1)}
+    pieces = {
+        text[i:j] for text in texts for i in range(len(text)) for j in range(i, len(text) + 1)
+    }
     return max((len(piece) for piece in pieces if piece in corpus), default=0)
 
 

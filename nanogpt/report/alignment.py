@@ -136,8 +136,8 @@ def render_alignment_report(run: AlignmentReport) -> str:
     figures = []
     for key, name in (
         ("term_rate", "trained terms in 1,000 tokens"),
-        ("held_out_term_rate", "held-out terms in 1,000 tokens"),
-        ("nll", "general text, nats a token"),
+        ("heldout_term_rate", "held-out terms in 1,000 tokens"),
+        ("val_loss", "general text, nats a token"),
         ("distinct_2", "distinct 2-grams"),
     ):
         if last.get(key) is not None:
@@ -310,21 +310,21 @@ def _round_parts(run: AlignmentReport) -> list[Part]:
             for row in run.rounds
             if row.get(name) is not None and row.get(f"{name}_se") is not None
         ]
-        style = {"term_rate": "val", "held_out_term_rate": "rate"}[name]
+        style = {"term_rate": "val", "heldout_term_rate": "rate"}[name]
         return Series(name, points, style, marks=True, spans=spans)
 
     rates = Chart(
         "Terms",
         "round",
         "terms in 1,000 tokens",
-        [column("term_rate"), column("held_out_term_rate")],
+        [column("term_rate"), column("heldout_term_rate")],
         start_at_zero=True,
     )
     head = ["round", "reward", "terms", "held out", "KL, nats a text", "general NLL", "distinct 2",
             "duplicates", "copied, characters"]  # fmt: skip
-    keys = [("reward", ".3f"), ("term_rate", ".2f"), ("held_out_term_rate", ".2f"),
-            ("kl_to_base", ".2f"), ("nll", ".4f"), ("distinct_2", ".3f"),
-            ("duplicate_rate", ".1%"), ("longest_copy", ".0f")]  # fmt: skip
+    keys = [("reward", ".3f"), ("term_rate", ".2f"), ("heldout_term_rate", ".2f"),
+            ("kl", ".2f"), ("val_loss", ".4f"), ("distinct_2", ".3f"),
+            ("duplicate_rate", ".1%"), ("longest_copied_characters", ".0f")]  # fmt: skip
     rows = [
         [
             f"{row['round']}" + (" (written)" if row["round"] == run.chosen else ""),
