@@ -165,9 +165,12 @@ json agree(const json& request) {
 
 json rewards(const json& request) {
   const GivenTokens tokens(request["tokens"].get<std::vector<std::string>>());
-  const auto reward = reward_of(request, tokens);
+  auto reward = reward_of(request, tokens);
   json steps = json::array();
-  for (const int32_t id : request["path"].get<std::vector<int32_t>>()) {
+  const auto path = request["path"].get<std::vector<int32_t>>();
+  for (const int32_t id : path) {
+    // Half way a copy goes on instead.
+    if (steps.size() == path.size() / 2) reward = reward->clone();
     const double* values = reward->of_candidates();
     steps.push_back(std::vector<double>(values, values + tokens.vocab_size()));
     reward->advance(id);
