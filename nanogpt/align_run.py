@@ -27,11 +27,11 @@ from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
 from nanogpt.run_directory import RunDirectory
 from nanogpt.self_align import (
+    AlignmentReward,
     FitConfig,
     GPTPolicy,
     SelfAlignConfig,
     SelfAlignTrainer,
-    TermReward,
     TextMeasures,
 )
 from nanogpt.terms import read_terms
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 Machine = tuple[torch.device, torch.dtype, dict[str, str]]
 _HELD_OUT_TERMS = 1 / 3
 # Of what training from scratch takes.
-_LEARNING_RATE = 1 / 8
+_LEARNING_RATE = 1 / 40
 _REPORTED_TEXTS = 3
 
 
@@ -178,7 +178,7 @@ class _Run:
             policy = GPTPolicy(model, train_tokens, val_tokens, fit, dtype=dtype)
         except ValueError as error:
             raise InputError(f"--anchor-text: {error}") from None
-        reward = TermReward(self.terms, policy.usual_nll())
+        reward = AlignmentReward(self.terms, usual_nll=policy.usual_nll())
         corpus = tokenizer.decode(np.asarray(train_tokens).tolist())
         settings = SelfAlignConfig(
             rounds=config.rounds,

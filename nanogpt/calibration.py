@@ -22,8 +22,9 @@ Batches = Callable[[], Iterable[Batch]]
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 FEW_TOKENS = 1000
-# Float64 numbers of logits that are worked on at once: 2 MiB, which stay in a core's cache.
-_CHUNK_NUMBERS = 2**18
+# Float64 numbers of logits that are worked on at once: 2 MiB, which stay in a core's cache; on a
+# GPU as many as keep it busy.
+_CHUNK_NUMBERS, _CHUNK_NUMBERS_GPU = 2**18, 2**24
 # Odd, so that beta = 1, in the middle of a symmetric range of log beta, is one of them.
 _GRID_POINTS = 13
 _MOST_PASSES = 60
@@ -87,7 +88,7 @@ class TemperatureScaler:
                 f"the mask must be {tuple(labels.shape)} of bool, not {tuple(mask.shape)} of "
                 f"{str(mask.dtype).removeprefix('torch.')}"
             )
-        rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+        rows = _chunk_rows(logits)
 
         def counted() -> Iterator[Batch]:
             for first in range(0, len(logits), rows):
@@ -135,8 +136,8 @@ class TemperatureScaler:
                 self.passes_ += 1
                 left, right = _bracket([left, *points, right])
                 found = min((found, *points), key=_newton_step)
-        if at_one.nll <= found.nll and self.bound_ is None:
-            found = at_one
+        if at_one.nll < found.nll:  # by rounding, where T is 1 but for its last digits
+            self.bound_, found = None, at_one
         self.temperature_ = 1.0 / found.beta
         self.temperature_se_ = math.inf if self.bound_ else _standard_error(found)
         self.nll_before_, self.nll_after_ = at_one.nll / count, found.nll / count
@@ -203,13 +204,15 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
     grouped = _GroupSums(len(betas))
     count, any_groups = 0, False
     for z, labels, groups in _row_chunks(batches):
+        finite = _without_infinity(z)
         of_label = z.gather(1, labels[:, None])[:, 0]  # (n,)
-        slopes = torch.empty(len(z), len(betas), dtype=torch.float64, device=z.device)
+        slopes = z.new_empty(len(z), len(betas))
+        sums = sums.to(z.device)  # where they stay, so that nothing waits for them
         for index, beta in enumerate(betas):
-            log_total, mean, variance = _moments(z, beta)
+            log_total, mean, variance = _moments(z, finite, beta)
             slopes[:, index] = mean - of_label
             nll = (log_total - beta * of_label).sum()
-            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()]).cpu()
+            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()])
         count += len(z)
         if groups is not None:
             any_groups = True
@@ -225,20 +228,23 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
 
 
 def _moments(
-    z: torch.Tensor, beta: float | torch.Tensor
+    z: torch.Tensor, finite: torch.Tensor, beta: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n,).
 
-    The rows of z have their maximum at 0, so that the largest probability stands there: the
-    variance is at least mean^2 / V, and the difference below loses no more than a factor V.
+    `finite` is z with 0 for -inf, which has no probability and counts nothing. The rows of z have
+    their maximum at 0, so that the largest probability stands there: the variance is at least
+    mean^2 / V, and the difference below loses no more than a factor V.
     """
     weights = (z * beta).exp_()
     total = weights.sum(1)
-    # What has no probability counts nothing: 0 times -inf is not a number.
-    z = z.masked_fill(z == -math.inf, 0.0)
-    mean = torch.linalg.vecdot(weights, z) / total
-    second = torch.linalg.vecdot(weights.mul_(z), z) / total
+    mean = torch.linalg.vecdot(weights, finite) / total
+    second = torch.linalg.vecdot(weights.mul_(finite), finite) / total
     return total.log(), mean, (second - mean.square()).clamp_min(0)
+
+
+def _without_infinity(z: torch.Tensor) -> torch.Tensor:
+    return z.masked_fill(z == -math.inf, 0.0)
 
 
 def _row_chunks(batches: Batches) -> Iterator[Batch]:
@@ -256,7 +262,7 @@ def _pieces(
     labels = labels.to(logits.device, torch.int64)
     if groups is not None:
         groups = groups.to(logits.device, torch.int64)
-    rows, vocabulary = max(1, _CHUNK_NUMBERS // logits.shape[1]), logits.shape[1]
+    rows, vocabulary = _chunk_rows(logits), logits.shape[1]
     for first in range(0, len(logits), rows):
         part = slice(first, first + rows)
         chosen = labels[part]
@@ -274,6 +280,11 @@ def _pieces(
                 "the logits hold NaN or infinity (only -inf is allowed, and not of a label)"
             )
         yield z - top, chosen, None if groups is None else groups[part]
+
+
+def _chunk_rows(logits: torch.Tensor) -> int:
+    numbers = _CHUNK_NUMBERS if logits.device.type == "cpu" else _CHUNK_NUMBERS_GPU
+    return max(1, numbers // logits.shape[1])
 
 
 def _check_shapes(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None) -> None:
@@ -461,7 +472,7 @@ class PerTokenTemperature:
         margin = torch.zeros_like(mean)
         if z.shape[1] > 1:
             margin = -z.topk(2, dim=1).values[:, 1].clamp_min(-1e3)
-        log_total, mean_z, _ = _moments(z, 1 / self.temperature)
+        log_total, mean_z, _ = _moments(z, finite, 1 / self.temperature)
         entropy = log_total - mean_z / self.temperature
         log_spread = 0.5 * spread.clamp_min(1e-12).log()
         return torch.stack([torch.ones_like(mean), log_spread, margin, entropy], 1)
@@ -479,12 +490,12 @@ class PerTokenTemperature:
         hessian = torch.zeros(len(candidates), 4, 4, dtype=torch.float64)
         count = 0
         for z, labels, _ in _row_chunks(batches):
-            features = self._features(z)
+            features, finite = self._features(z), _without_infinity(z)
             of_label = z.gather(1, labels[:, None])[:, 0]
             count += len(z)
             for index, weights in enumerate(candidates):
                 beta = (-self._log_temperatures(features, weights.to(z.device))).exp()
-                log_total, mean, variance = _moments(z, beta[:, None])
+                log_total, mean, variance = _moments(z, finite, beta[:, None])
                 nll[index] += (log_total - beta * of_label).sum().cpu()
                 # d beta / d w = -beta phi, and its derivative beta phi phi^T.
                 slope = (mean - of_label) * beta
@@ -663,8 +674,8 @@ def _finite(value: Any) -> Any:
 def calibration_report(
     confidence: torch.Tensor,
     correct: torch.Tensor,
-    *,
     n_bins: int = 15,
+    *,
     groups: torch.Tensor | None = None,
     nll: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
@@ -891,7 +902,7 @@ class TokenStatistics:
             z = z / self.temperature._of_rows(z)[:, None]
         else:
             z = z / self.temperature
-        log_total, mean, _ = _moments(z, 1.0)
+        log_total, mean, _ = _moments(z, _without_infinity(z), 1.0)
         nll = log_total - z.gather(1, labels[:, None])[:, 0]
         probabilities = (z - log_total[:, None]).exp_()
         self._brier += float((probabilities.square().sum(1) - 2 * (-nll).exp() + 1).sum())
@@ -899,7 +910,7 @@ class TokenStatistics:
             first = self.n_tokens
             groups = torch.arange(first, first + len(z))
         columns = (
-            (-log_total).exp().clamp(0, 1).to(torch.float32),
+            (-log_total).exp().clamp(0, 1),  # in float32 all above 1 - 3e-8 would be equal
             z.argmax(1) == labels,
             nll,
             (log_total - mean).to(torch.float32),

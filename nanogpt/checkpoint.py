@@ -99,14 +99,14 @@ def write_output(model: GPT, output: Path) -> None:
     save(model, output)
 
 
-def check_writable(output: Path) -> None:
-    """Raises: UsageError where --output could not be written at the end. Nothing is left there."""
+def check_writable(output: Path, flag: str = "--output") -> None:
+    """Raises: UsageError where what `flag` names could not be written. Nothing is left there."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{flag} {output} cannot be written: {error.strerror}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (configuration.TrainConfig, "nanogpt.train"),
     "advanced": (configuration.AdvancedConfig, "nanogpt.advanced"),
     "sample": (configuration.SampleConfig, "nanogpt.sample"),
+    "calibrate": (configuration.CalibrateConfig, "nanogpt.calibrate"),
     "export": (configuration.ExportConfig, "nanogpt.export.command"),
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }

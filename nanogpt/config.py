@@ -599,6 +599,49 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class CalibrateConfig:
+    """Fit the temperature at which a model's probabilities are right; show how right they are."""
+
+    model: str = option("gpt.pth", "the model file", metavar="PATH")
+    text: tuple[str, ...] = option(
+        (),
+        "files, folders, globs, .gz or -: text that the model has not seen; half of it is fitted "
+        "to, half of it judges",
+        auto="none: it must be given",
+        metavar="PATH",
+    )
+    encoding_errors: str = option(
+        "strict", "what to do with bytes that are not UTF-8", choices=("strict", "replace")
+    )
+    output: str | None = option(
+        None,
+        "the model file with its temperature: .pth or .safetensors",
+        auto="<model>-calibrated beside the model",
+        metavar="PATH",
+    )
+    report: str | None = option(
+        None, "a page with the reliability diagram", auto="none", metavar="FILE.html"
+    )
+    per_token: bool = option(
+        False, "also fit a temperature for each token, kept only where it judges better"
+    )
+    bins: int = option(15, "bins of the reliability diagram and the ECE", minimum=1, maximum=1000)
+    seed: int = option(0, "of the two halves and the intervals", minimum=0, below=2**63)
+    batch_size: int | None = option(
+        None,
+        "windows computed at once",
+        group="machine",
+        minimum=1,
+        auto="as many as make 64 MiB of logits",
+    )
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core"
+    )
+    json: bool = option(False, "print one JSON object with the numbers")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Say what is installed, what a missing part would give, and the command that adds it."""
 

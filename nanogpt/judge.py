@@ -85,8 +85,8 @@ class BagOfWordsJudge:
         self.quality = JudgeQuality(
             len(texts) - len(held),
             len(held),
-            _correlation(scores, target[held]),
-            _auroc(scores, target[held] > target.mean()),
+            correlation(scores, target[held]),
+            auroc(scores, target[held] > target.mean()),
             penalty,
         )
         self._fit(texts, target, penalty)
@@ -162,12 +162,13 @@ def _features(text: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's, of (n,) and (n,); 0 where one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300))
 
 
-def _auroc(scores: torch.Tensor, positive: torch.Tensor) -> float:
+def auroc(scores: torch.Tensor, positive: torch.Tensor) -> float:
     """Chance that a positive scores above a negative, ties counting half; nan without both."""
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:

@@ -228,6 +228,10 @@ class GPT(nn.Module):
         """
         return self.head(self.next_hidden(tokens, cache))
 
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last normalised hidden state of every position, (B, T, C), T <= block_size."""
+        return self._hidden(tokens, None)
+
     def next_hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """What `next_logits` are made of: the last normalised hidden state, (B, C)."""
         return self._hidden(tokens, cache)[:, -1]

@@ -159,6 +159,12 @@ def _make_plan(
             )
         ours, theirs = split_records(records, 0.5, config.seed)
         learnt, judged = _chosen(records, ours), _chosen(records, theirs)
+        for half in (learnt, judged):
+            if len({record.reward for record in half}) < 2:
+                raise InputError(
+                    f"{config.offline_data}: half of the records have one reward only, so "
+                    f"--compare cannot tell better from worse: it needs more different rewards"
+                )
     train, held = split_records(learnt, config.val_fraction, config.seed)
     plan = OfflinePlan(
         config=config,

@@ -186,10 +186,12 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, tuple[list[str], list
     try:
         for row in reader:
             line, begins = begins, reader.line_num + 1
-            if row and header is None:
+            if not row or (len(row) == 1 and not row[0].strip()):
+                continue
+            if header is None:
                 header = row
                 _check_header(header, name, line)
-            elif row and header is not None:
+            else:
                 yield line, (header, row)
     except csv.Error as error:
         raise InputError(f"{name}, line {begins:,}: this is not CSV: {error}") from None

@@ -34,7 +34,7 @@ from nanogpt.decoding import (
     stream,
 )
 from nanogpt.errors import InputError
-from nanogpt.rewards import Reward, RewardState, as_reward, compiled
+from nanogpt.rewards import Reward, RewardError, RewardState, as_reward, compiled
 from nanogpt.tilt import Tilt, tilt
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def generate_reward_augmented(
         Carlo (arXiv:2404.17546), algorithm 1 without twists.
     """
     reward = as_reward(reward_fn)
+    reward.check_model(model)
     filters = Filters(temperature, top_k, top_p, min_p, repetition_penalty)
     _check(model, tokens, max_new_tokens, beta, first_row, reward_top_k, num_particles, temperature)
     stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -221,6 +222,7 @@ def stream_reward_augmented(
     Same arguments as `generate_reward_augmented`; the model is to be in evaluation mode.
     """
     reward = as_reward(reward_fn)
+    reward.check_model(model)
     _check(model, tokens, max_new_tokens, beta, first_row, reward_top_k, 1, filters.temperature)
     tilting = _Tilting(
         reward,
@@ -382,7 +384,7 @@ class _Tilting:
         assert self._state is not None
         state, of_active = self._state, self._of_active(kept)
         if self.reward.scores_all:
-            rewards = self._asked(lambda: state.candidates())
+            rewards = self._asked(lambda: torch.as_tensor(state.candidates()))
             if rewards.dim() == 1:
                 rewards = rewards.expand(len(of_active), -1)
             self._check_shape(rewards, of_active.shape)
@@ -390,7 +392,7 @@ class _Tilting:
         else:
             width = int((of_active > -math.inf).sum(-1).max())
             ids = of_active.topk(width, dim=-1).indices
-            some = self._asked(lambda: state.candidates(ids))
+            some = self._asked(lambda: torch.as_tensor(state.candidates(ids)))
             self._check_shape(some, ids.shape)
             rewards = torch.zeros(of_active.shape, dtype=torch.float64, device=kept.device)
             rewards.scatter_(1, ids, some.to(kept.device, torch.float64))
@@ -405,10 +407,10 @@ class _Tilting:
         assert self._state is not None
         state, ids = self._state, self._of_active(chosen)[:, None]
         if self.reward.scores_all:
-            rewards = self._asked(lambda: state.candidates())
-            rewards = rewards.expand(len(ids), -1).gather(1, ids)
+            rewards = self._asked(lambda: torch.as_tensor(state.candidates()))
+            rewards = rewards.expand(len(ids), -1).to(ids.device).gather(1, ids)
         else:
-            rewards = self._asked(lambda: state.candidates(ids))
+            rewards = self._asked(lambda: torch.as_tensor(state.candidates(ids)))
             self._check_shape(rewards, ids.shape)
         rewards = rewards[:, 0].to(chosen.device, torch.float64)
         if self.active is None:
@@ -451,17 +453,16 @@ class _Tilting:
             return question()
         except Exception as error:
             name = self.reward.__name__
-            if isinstance(error, InputError):
-                raise
-            raised = "" if type(error) is ValueError else f"raised {type(error).__name__}: "
-            raise ValueError(f"the reward {name!r} {raised}{error} {when}") from error
+            if isinstance(error, RewardError):
+                raise RewardError(f"the reward {name!r}: {error}, {when}") from error
+            kind = type(error).__name__
+            raise RewardError(f"the reward {name!r} raised {kind}: {error} {when}") from error
 
     def _check_shape(self, rewards: torch.Tensor, shape: torch.Size) -> None:
-        if not isinstance(rewards, torch.Tensor) or rewards.shape != shape:
-            got = tuple(getattr(rewards, "shape", ())) or type(rewards).__name__
-            raise ValueError(
-                f"the reward {self.reward.__name__!r} gave {got} for candidates of shape "
-                f"{tuple(shape)} at step {self._step}"
+        if rewards.shape != shape:
+            raise RewardError(
+                f"the reward {self.reward.__name__!r} gave shape {tuple(rewards.shape)} for "
+                f"candidates of shape {tuple(shape)} at step {self._step}"
             )
 
     def _refuse_bad(self, rewards: torch.Tensor, left: torch.Tensor) -> None:
@@ -470,13 +471,13 @@ class _Tilting:
         if bool(bad.any()):
             place = bad.nonzero()[0].tolist()
             value = float(rewards[tuple(place)])
-            raise ValueError(
+            raise RewardError(
                 f"the reward {self.reward.__name__!r} gave {value} for token {place[-1]} "
                 f"at step {max(1, self._step)}"
             )
 
     def _refuse_dead(self) -> None:
-        raise ValueError(
+        raise RewardError(
             f"the reward {self.reward.__name__!r} forbids every token that is left "
             f"at step {self._step}"
         )
@@ -768,6 +769,7 @@ def best_of_n(
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     reward = as_reward(reward_fn)
+    reward.check_model(model)
     written = generate(
         model,
         tokens.repeat_interleave(n, 0),

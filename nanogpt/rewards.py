@@ -48,6 +48,10 @@ class UnwritableError(InputError, ValueError):
         super().__init__(message)
 
 
+class RewardError(ValueError):
+    """A reward that gave what cannot be used, or does not fit, in words."""
+
+
 class RewardState(ABC):
     """A reward on its way through B texts that are being written.
 
@@ -114,6 +118,10 @@ class Reward(ABC):
         """
         raise TypeError(f"the rewards of {self.__name__} depend on more than the last token")
 
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError, in words, where this reward cannot go with a GPT."""
+        del model  # most rewards go with any
+
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
@@ -165,8 +173,8 @@ class TokenReward(Reward):
     def token_rewards(self, vocab_size: int) -> torch.Tensor:
         highest = max(self.rewards, default=-1)
         if highest >= vocab_size or self.vocab_size not in (None, vocab_size):
-            raise ValueError(
-                f"{self.__name__} was made for {self.vocab_size or highest + 1} tokens or more, "
+            raise RewardError(
+                f"it was made for {self.vocab_size or highest + 1} tokens or more, "
                 f"and the model has {vocab_size}"
             )
         vector = torch.zeros(vocab_size, dtype=torch.float64)
@@ -696,7 +704,7 @@ def _decode(held: bytes, raw: bytes) -> tuple[str, bytes]:
     return text, decoder.getstate()[0]
 
 
-class _PrefixReward(Reward):
+class PrefixReward(Reward):
     """Rewards whose values are computed for whole prefixes, one call a step."""
 
     kind = "prefix"
@@ -730,7 +738,7 @@ class _PrefixReward(Reward):
 class _PrefixState(RewardState):
     """Texts so far and their values; a step's reward is the difference."""
 
-    def __init__(self, reward: _PrefixReward, prompt: torch.Tensor) -> None:
+    def __init__(self, reward: PrefixReward, prompt: torch.Tensor) -> None:
         self.reward, self.texts, self.prompt_length = reward, prompt, prompt.shape[1]
         self.owners = list(range(len(prompt)))
         self.value = torch.zeros(len(prompt), dtype=torch.float64, device=prompt.device)
@@ -745,7 +753,9 @@ class _PrefixState(RewardState):
         values = self.reward.values(texts, self.prompt_length, owners)
         values = values.to(ids.device, torch.float64).view(rows, k)
         self._asked = (ids, values)
-        return values - self.value[:, None]
+        # What follows a forbidden prefix has its own value: -inf - -inf is no number.
+        before = self.value.masked_fill(self.value == -math.inf, 0.0)
+        return values - before[:, None]
 
     def advance(self, tokens: torch.Tensor) -> None:
         if self._asked is None or not bool((self._asked[0] == tokens[:, None]).any(1).all()):
@@ -762,7 +772,7 @@ class _PrefixState(RewardState):
         self.owners = [self.owners[row] for row in rows.tolist()]
 
 
-class IdsReward(_PrefixReward):
+class IdsReward(PrefixReward):
     """Any function of ids, (N, T) int64 -> (N,), as a reward; see `ids_reward_fn`."""
 
     def __init__(self, function: Callable[[torch.Tensor], Any], *, per_step: bool = False) -> None:
@@ -781,7 +791,7 @@ class IdsReward(_PrefixReward):
     ) -> torch.Tensor:
         values = torch.as_tensor(self.function(texts))
         if values.shape != (len(texts),):
-            raise ValueError(
+            raise RewardError(
                 f"it gave shape {tuple(values.shape)} for {len(texts)} texts, not ({len(texts)},)"
             )
         return values.detach().to(torch.float64)
@@ -789,7 +799,7 @@ class IdsReward(_PrefixReward):
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        sums = Reward.totals if self.per_step else _PrefixReward.totals
+        sums = Reward.totals if self.per_step else PrefixReward.totals
         return sums(self, prompt, new, lengths)
 
 
@@ -812,7 +822,7 @@ def ids_reward_fn(function: Callable[[torch.Tensor], Any], *, per_step: bool = F
     return IdsReward(function, per_step=per_step)
 
 
-class TextFunctionReward(_PrefixReward):
+class TextFunctionReward(PrefixReward):
     """A reward in TRL's signature during decoding; see `text_reward_fn`."""
 
     def __init__(
@@ -833,7 +843,7 @@ class TextFunctionReward(_PrefixReward):
     def begin(self, prompt: torch.Tensor) -> RewardState:
         for name, column in {"prompts": self.prompts, **self.columns}.items():
             if column is not None and len(column) != len(prompt):
-                raise ValueError(f"{self.__name__}: {len(column)} {name} for {len(prompt)} rows")
+                raise RewardError(f"it has {len(column)} {name} for {len(prompt)} rows")
         return super().begin(prompt)
 
     def values(
@@ -896,11 +906,11 @@ def _numbers(values: Any, count: int) -> torch.Tensor:
     elif isinstance(values, Sequence):
         odd = next((v for v in values if isinstance(v, str) or not hasattr(v, "__float__")), None)
         if odd is not None or None in values:
-            raise ValueError(f"it gave {odd!r} among its rewards, which is no number")
+            raise RewardError(f"it gave {odd!r} among its rewards, which is no number")
         values = torch.tensor([float(v) for v in values], dtype=torch.float64)
     values = torch.as_tensor(values)
     if values.shape != (count,):
-        raise ValueError(f"it gave shape {tuple(values.shape)} for {count} texts, not ({count},)")
+        raise RewardError(f"it gave shape {tuple(values.shape)} for {count} texts, not ({count},)")
     return values.to(torch.float64)
 
 
@@ -972,6 +982,10 @@ class CombinedReward(Reward):
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([weight * reward(tokens) for reward, weight in self.parts]).sum(0)
+
+    def check_model(self, model: Any) -> None:
+        for reward, _ in self.parts:
+            reward.check_model(model)
 
     def token_rewards(self, vocab_size: int) -> torch.Tensor:
         rewards = [w * r.token_rewards(vocab_size) for r, w in self.parts if w]
@@ -1203,7 +1217,7 @@ class CombinedTextReward(_TextRewardFunction):
             try:
                 total += weight * _numbers(values, count)
             except ValueError as error:
-                raise ValueError(f"the reward {name_of(reward)!r}: {error}") from None
+                raise RewardError(f"the reward {name_of(reward)!r}: {error}") from None
         return total.tolist()
 
 

@@ -31,8 +31,17 @@ from nanogpt.data import gather
 from nanogpt.decoding import generate
 from nanogpt.errors import InputError
 from nanogpt.model import GPT
+from nanogpt.offline_rl import RewardWeightedConfig, RewardWeightedTrainer
+from nanogpt.records import Examples
+from nanogpt.reward_decoding import generate_reward_augmented
+from nanogpt.rewards import (
+    combine,
+    domain_term_reward,
+    repetition_penalty_reward,
+    soft_overlong_punishment,
+    term_reward_fn,
+)
 from nanogpt.text_measures import (
-    TermMatcher,
     distinct_n,
     duplicate_rate,
     longest_common_substring,
@@ -41,11 +50,14 @@ from nanogpt.text_measures import (
     whole_words,
 )
 from nanogpt.tilt import effective_sample_size, tilt
-from nanogpt.tokenizer import Tokenizer, UnknownCharacterError
 from nanogpt.trainer import evaluate
 
 WEIGHTINGS = ("exp", "keep", "identity")
 KL_BUDGET_PER_TOKEN = 0.05
+_COMPARED_BYTES = 2**28  # logits of both models at once
+_GUARD_WINDOWS = 512
+_HELDOUT_TOKENS = 2**16  # of general text, which is read after every round
+_CORPUS_TOKENS = 2**22  # of original text in which copied pieces are looked for
 
 
 @dataclass(frozen=True)
@@ -248,10 +260,15 @@ class RewardTilt:
 
 @dataclass
 class _Drawn:
-    """A round's samples with their rewards."""
+    """A round's samples with their rewards, each (n,) float64.
+
+    log_then and log_now are log p_k(y)/p_0(y) of exact fits: k the round that drew them, and now.
+    """
 
     samples: Samples
     rewards: torch.Tensor
+    log_then: torch.Tensor
+    log_now: torch.Tensor
 
 
 class SelfAlignTrainer:
@@ -328,10 +345,7 @@ class SelfAlignTrainer:
             "stopped": self.stopped,
             "unit": self._unit,
             "tilts": [asdict(one) for one in self._tilts],
-            "drawn": [
-                {"samples": vars(one.samples).copy(), "rewards": one.rewards}
-                for one in self._drawn
-            ],
+            "drawn": [{**vars(one), "samples": vars(one.samples).copy()} for one in self._drawn],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -340,7 +354,9 @@ class SelfAlignTrainer:
         self.rounds = copy.deepcopy(state["rounds"])
         self.stopped, self._unit = state["stopped"], state["unit"]
         self._tilts = [RewardTilt(**one) for one in state["tilts"]]
-        self._drawn = [_Drawn(Samples(**one["samples"]), one["rewards"]) for one in state["drawn"]]
+        self._drawn = [
+            _Drawn(**{**one, "samples": Samples(**one["samples"])}) for one in state["drawn"]
+        ]
 
     def _begin(self) -> None:
         started = time.perf_counter()
@@ -397,6 +413,11 @@ class SelfAlignTrainer:
             return
         self.policy = policy
         self._tilts.append(step)
+        for earlier in self._drawn:
+            earlier.log_now = self._moved(earlier.log_now, earlier.rewards, step)
+        for one in self._tilts:
+            drawn.log_now = self._moved(drawn.log_now, drawn.rewards, one)
+        drawn.log_then = drawn.log_now
         self._drawn.append(drawn)
 
     def _source(self, number: int) -> _Drawn:
@@ -408,7 +429,7 @@ class SelfAlignTrainer:
         samples = self.policy.sample(
             self.config.num_generations, seed, distil_beta=self.config.distil_beta
         )
-        return _Drawn(samples, self._scores(samples))
+        return self._scored(samples)
 
     def _nothing_to_learn(self, source: _Drawn) -> str | None:
         """Why a round on these samples would be about noise alone, in a sentence, or None."""
@@ -431,16 +452,16 @@ class SelfAlignTrainer:
                 f"samples at temperature {samples.temperature:g} and top-k {samples.top_k} are not "
                 f"the policy's: draw at 1 without a filter, or give importance weights as counts"
             )
-        return _Drawn(samples, self._scores(samples))
+        return self._scored(samples)
 
-    def _scores(self, samples: Samples) -> torch.Tensor:
+    def _scored(self, samples: Samples) -> _Drawn:
         rewards = torch.as_tensor(self.reward(samples), dtype=torch.float64).cpu()
         if rewards.shape != (len(samples),) or not bool(rewards.isfinite().all()):
             raise ValueError(
                 f"the reward must give {len(samples)} finite numbers, "
                 f"not {tuple(rewards.shape)} with {int((~rewards.isfinite()).sum())} that are not"
             )
-        return rewards
+        return _Drawn(samples, rewards, torch.zeros_like(rewards), torch.zeros_like(rewards))
 
     def _next_tilt(self, drawn: _Drawn) -> RewardTilt:
         config, counts = self.config, drawn.samples.counts
@@ -451,20 +472,16 @@ class SelfAlignTrainer:
             return RewardTilt.exponential(drawn.rewards, counts, unit, config.max_weight)
         return RewardTilt("identity")
 
-    def _log_ratio(self, rewards: torch.Tensor, rounds: int) -> torch.Tensor:
-        """log p_k(y)/p_0(y) of an exact fit after so many rounds, from rewards."""
+    def _moved(
+        self, log_ratio: torch.Tensor, rewards: torch.Tensor, step: RewardTilt
+    ) -> torch.Tensor:
+        """log p_{k+1}(y)/p_0(y) of an exact fit, from log p_k(y)/p_0(y)."""
+        tilted = log_ratio + step.log_factor(rewards)
         anchor = self.config.anchor_fraction
-        log_ratio = torch.zeros_like(rewards)
-        for one in self._tilts[:rounds]:
-            log_ratio = self._mixed(log_ratio + one.log_factor(rewards), anchor)
-        return log_ratio
-
-    @staticmethod
-    def _mixed(log_ratio: torch.Tensor, anchor: float) -> torch.Tensor:
         if anchor == 0:
-            return log_ratio
+            return tilted
         return torch.logaddexp(
-            log_ratio + math.log1p(-anchor), torch.full_like(log_ratio, math.log(anchor))
+            tilted + math.log1p(-anchor), torch.full_like(tilted, math.log(anchor))
         )
 
     def _kl_after(self, step: RewardTilt) -> float:
@@ -478,8 +495,7 @@ class SelfAlignTrainer:
         anchor, last = self.config.anchor_fraction, self._drawn[-1]
 
         def log_ratio(drawn: _Drawn) -> torch.Tensor:
-            before = self._log_ratio(drawn.rewards, len(self._tilts))
-            return self._mixed(before + step.log_factor(drawn.rewards), anchor)
+            return self._moved(drawn.log_now, drawn.rewards, step)
 
         moved = tilt(last.samples.counts.log(), step.log_factor(last.rewards), 1.0).log_q.exp()
         kl = (1 - anchor) * _mean(log_ratio(last), moved)
@@ -492,18 +508,16 @@ class SelfAlignTrainer:
         """All samples so far, weighted to the next policy: (pool, weights of mean 1).
 
         Every round's samples make an estimate of their own; they share in proportion to their
-        effective sizes. A round that has nothing left to give counts nothing.
+        effective sizes, so that samples which are far from the next policy by now count little.
         """
         if self.config.distil_beta is not None:
             rounds = [(source, torch.zeros_like(source.rewards))]
         else:
             rounds = []
-            for number, drawn in enumerate(self._drawn):
+            for drawn in self._drawn:
                 log_weights = step.log_factor(drawn.rewards)
                 if drawn is not source:
-                    log_weights = log_weights + self._log_ratio(drawn.rewards, len(self._tilts))
-                    log_weights = log_weights - self._log_ratio(drawn.rewards, number)
-                    log_weights = self._limited(log_weights, drawn.samples.counts)
+                    log_weights = log_weights + drawn.log_now - drawn.log_then
                 rounds.append((drawn, log_weights))
         parts, shares = [], []
         for drawn, log_weights in rounds:
@@ -521,14 +535,8 @@ class SelfAlignTrainer:
             size = float(share.sum() ** 2 / (share**2 / draws).sum())
             shares.append(share * size)
         weights = torch.cat(shares)
-        return _joined(parts), weights * (len(weights) / weights.sum())
-
-    def _limited(self, log_weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """As the rewards of one round: no sample counts for more than max_weight average ones."""
-        if self.config.weighting != "exp":
-            return log_weights
-        mean = _mean(log_weights, counts)
-        return (log_weights - mean).clamp(max=math.log(self.config.max_weight))
+        weights = weights / weights.max()  # equal weights become exactly 1
+        return _joined(parts), weights / weights.mean()
 
     def _broken(self, number: int, metrics: dict[str, Any]) -> str | None:
         """The limit that a round's result breaks, in a sentence, or None."""
@@ -624,13 +632,14 @@ class FitConfig:
     """How a GPT writes and is trained in a round.
 
     Attributes:
-        prompt_tokens: original text that a sample continues; without any text to draw from a
-            sample begins with the end-of-text token alone.
+        prompt_tokens: original text that a sample continues.
         max_completion_length: tokens of a sample, as far as prompt and sample fit the context.
         epochs: passes over the pool.
         batch_size: texts of an optimizer step.
-        learning_rate: peak; None is an eighth of what training from scratch takes by width.
+        learning_rate: peak; None is a fortieth of what training from scratch takes at this width:
+            then a round moves about as far as its weights say, and not by what it learns by heart.
         weight_decay: on matrices.
+        grad_clip: largest gradient norm; 0 does not clip.
         rows_at_once: texts that are sampled together.
     """
 
@@ -652,14 +661,16 @@ class GPTPolicy:
 
     Args:
         base: where every round begins; it is not changed. It needs a tokenizer.
-        anchor: (n,) ids of original text: prompts, and what is mixed in. Empty: the base's own
-            samples take its place.
-        heldout: (m,) ids of original text that no round trains on.
-        term_reward: what distil_beta multiplies in the reward-augmented decoder.
-        dtype: of the products.
+        anchor: (n,) ids of original text: prompts, and what is mixed in.
+        heldout: (m,) ids of original text that no round trains on; m may be 0.
+        decoder_reward: what distil_beta multiplies in the reward-augmented decoder, see
+            `nanogpt.rewards.term_reward_fn`.
+        dtype: of the products in training and measuring; drawing is in the model's own.
     Attributes:
         model: the GPT.
-    Raises: ValueError where the context is too short for a prompt and a token.
+        prompt_tokens, completion_tokens: of a sample, here.
+    Raises: ValueError where the base has no tokenizer; InputError where the anchor is shorter than
+        a sample with its prompt.
     """
 
     def __init__(
@@ -669,23 +680,23 @@ class GPTPolicy:
         heldout: np.ndarray,
         config: FitConfig | None = None,
         *,
-        term_reward: Any = None,
+        decoder_reward: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer")
+            raise ValueError("self-alignment needs the model's tokenizer")
         self.config = config or FitConfig()
         self.base, self.model, self.tokenizer = base, base, base.tokenizer
-        self.term_reward, self.dtype = term_reward, dtype
+        self.decoder_reward, self.dtype = decoder_reward, dtype
         self.device = base.token_weight.device
-        block = base.config.block_size
-        self.prompt_tokens = min(self.config.prompt_tokens, max(1, block // 2))
-        self.completion_tokens = min(
-            self.config.max_completion_length, block + 1 - self.prompt_tokens
-        )
-        self._seed_of_prompts = 0
+        block, wanted = base.config.block_size, self.config
+        self.prompt_tokens = max(1, min(wanted.prompt_tokens, block // 2))
+        self.completion_tokens = min(wanted.max_completion_length, block + 1 - self.prompt_tokens)
         if len(anchor) <= self.row_tokens:
-            raise ValueError("anchor")
+            raise InputError(
+                f"the anchor text is too short: {len(anchor):,} tokens, no more than one sample "
+                f"with its prompt, {self.row_tokens:,}"
+            )
         self.anchor, self.heldout = anchor, heldout
 
     @property
@@ -694,27 +705,32 @@ class GPTPolicy:
         return self.prompt_tokens + self.completion_tokens
 
     def sample(self, n: int, seed: int, *, distil_beta: float | None = None) -> Samples:
-        rng = np.random.default_rng(seed)
-        starts = rng.integers(0, len(self.anchor) - self.prompt_tokens, n)
-        prompts = gather(self.anchor, starts, self.prompt_tokens - 1)
+        """Draw n texts, each after another piece of the anchor."""
+        if distil_beta is not None and self.decoder_reward is None:
+            raise ValueError("distil_beta needs a decoder_reward")
+        starts = np.random.default_rng(seed).integers(0, len(self.anchor) - self.prompt_tokens, n)
+        prompts = torch.from_numpy(gather(self.anchor, starts, self.prompt_tokens - 1))
         end = self.tokenizer.end_of_text_id
         rows = []
         for first in range(0, n, self.config.rows_at_once):
-            part = torch.from_numpy(prompts[first : first + self.config.rows_at_once])
-            part = part.to(self.device)
-            new = generate(
-                self.model,
-                part,
-                self.completion_tokens,
-                eos_token_id=end,
-                seed=seed,
-                first_row=first,
-            )
-            assert isinstance(new, torch.Tensor)
+            part = prompts[first : first + self.config.rows_at_once].to(self.device)
+            options: dict[str, Any] = {"eos_token_id": end, "seed": seed, "first_row": first}
+            new: Any
+            if distil_beta is None:
+                new = generate(self.model, part, self.completion_tokens, **options)
+            else:
+                new = generate_reward_augmented(
+                    self.model,
+                    part,
+                    self.completion_tokens,
+                    self.decoder_reward,
+                    distil_beta,
+                    **options,
+                )
             rows.append(F.pad(new, (0, self.row_tokens - new.shape[1]), value=end).cpu())
-        return self._described(torch.cat(rows))
+        return self._described(torch.cat(rows), tilted=distil_beta is not None)
 
-    def _described(self, tokens: torch.Tensor) -> Samples:
+    def _described(self, tokens: torch.Tensor, tilted: bool) -> Samples:
         """Samples from their tokens (n, T), with what both models say of them."""
         end, p = self.tokenizer.end_of_text_id, self.prompt_tokens
         new = tokens[:, p:]
@@ -725,9 +741,8 @@ class GPTPolicy:
         prompts = [self.tokenizer.decode(row) for row in tokens[:, :p].tolist()]
         texts = []
         for row, length, before in zip(new.tolist(), lengths.tolist(), prompts, strict=True):
-            cut_off = row[length - 1] != end
             text = self.tokenizer.decode(row[:length])
-            texts.append(whole_words(text, before, cut_off=cut_off))
+            texts.append(whole_words(text, before, cut_off=row[length - 1] != end))
         return Samples(
             texts=texts,
             prompts=prompts,
@@ -737,6 +752,7 @@ class GPTPolicy:
             entropy=entropy,
             base_nll=nll / lengths,
             tokens=tokens,
+            tilted=tilted,
         )
 
     @torch.inference_mode()
@@ -761,8 +777,8 @@ class GPTPolicy:
                 kl = (ours.exp() * (ours - base)).sum(-1)
             entropy = -(ours.exp() * ours).sum(-1)
             both = torch.stack([kl, entropy, nll]).masked_fill(~kept, 0.0)  # (3, B, completion)
-            sums.append(both.to(torch.float64).sum(-1).cpu())
-        kl, entropy, nll = torch.cat(sums, 1)
+            sums.append(both.cpu().to(torch.float64).sum(-1))
+        kl, entropy, nll = torch.cat(sums, 1).clone()
         return kl, entropy, nll
 
     def _log_probabilities(self, model: GPT, tokens: torch.Tensor) -> torch.Tensor:
@@ -775,141 +791,263 @@ class GPTPolicy:
         assert logits is not None
         return logits[:, self.prompt_tokens - 1 :].float().log_softmax(-1)
 
-    def fit(
-        self, pool: Samples, weights: torch.Tensor, anchor: float, seed: int
-    ) -> "GPTPolicy":
-        config, device = self.config, self.device
-        assert pool.tokens is not None
-        tokens, p = pool.tokens, self.prompt_tokens
-        targets = tokens[:, 1:].clone()
-        targets[:, : p - 1] = -100
-        beyond = torch.arange(targets.shape[1]) >= p - 1 + pool.n_tokens[:, None]
-        targets[beyond] = -100
-        counted = int((targets != -100).sum())
-        n_anchor = round(counted * anchor / (1 - anchor) / targets.shape[1])
-        mean_targets = (counted + n_anchor * targets.shape[1]) / (len(tokens) + n_anchor)
-        model = copy.deepcopy(self.base)
-        model.mark_calibration_stale()
-        model.train()
-        lr = config.learning_rate or default_learning_rate(model.config.n_embd) / 8
-        groups = [
-            {"params": [q for q in model.parameters() if q.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [q for q in model.parameters() if q.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
-        per_epoch = math.ceil((len(tokens) + n_anchor) / config.batch_size)
-        total, warm, done = per_epoch * config.epochs, max(1, per_epoch * config.epochs // 20), 0
-        for epoch in range(config.epochs):
-            rng = np.random.default_rng(np.random.SeedSequence((seed, epoch)))
-            starts = rng.integers(0, len(self.anchor) - tokens.shape[1], n_anchor)
-            windows = torch.from_numpy(gather(self.anchor, starts, tokens.shape[1] - 1))
-            x = torch.cat([tokens[:, :-1], windows[:, :-1]])
-            y = torch.cat([targets, windows[:, 1:]])
-            w = torch.cat([weights, torch.ones(n_anchor, dtype=torch.float64)])
-            order = torch.from_numpy(rng.permutation(len(x)))
-            for rows in order.split(config.batch_size):
-                scale = min((done + 1) / warm, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / total)))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * scale
-                logits, _ = model(x[rows].to(device))
-                assert logits is not None
-                nll = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten().to(device), reduction="none", ignore_index=-100)
-                of_row = nll.view(len(rows), -1).sum(1)
-                loss = (of_row * w[rows].to(device).float()).sum() / (len(rows) * mean_targets)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                done += 1
-        model.eval()
+    def fit(self, pool: Samples, weights: torch.Tensor, anchor: float, seed: int) -> "GPTPolicy":
+        """A policy trained from the base: completions count as they weigh, prompts do not."""
+        config = self.config
+        peak = config.learning_rate or default_learning_rate(self.base.config.n_embd) / 40
+        examples, n_windows = self._examples(pool, anchor, seed)
         fitted = copy.copy(self)
-        fitted.model = model
+        fitted.model = copy.deepcopy(self.base).train()
+        RewardWeightedTrainer(
+            fitted.model,
+            RewardWeightedConfig(
+                learning_rate=peak,
+                num_train_epochs=config.epochs,
+                batch_size=config.batch_size,
+                weight_decay=config.weight_decay,
+                grad_clip=config.grad_clip,
+                seed=seed,
+            ),
+            examples,
+            torch.cat([weights, torch.ones(n_windows, dtype=torch.float64)]),
+            dtype=self.dtype,
+        ).train()
+        fitted.model.eval()
         return fitted
 
+    def _examples(self, pool: Samples, anchor: float, seed: int) -> tuple[Examples, int]:
+        """The pool's texts, and windows of the anchor that hold its share of all targets."""
+        assert pool.tokens is not None
+        p, length = self.prompt_tokens, self.row_tokens - 1
+        n_windows = round(int(pool.n_tokens.sum()) * anchor / (1 - anchor) / length)
+        starts = np.random.default_rng(seed).integers(0, len(self.anchor) - length, n_windows)
+        tokens = np.concatenate([pool.tokens.numpy(), gather(self.anchor, starts, length)])
+        rows = np.arange(len(tokens))
+        n_tokens = pool.n_tokens.numpy()
+        examples = Examples(
+            tokens=tokens.reshape(-1).astype(self.tokenizer.dtype),
+            starts=rows * (length + 1),
+            lengths=np.concatenate([n_tokens + p - 1, np.full(n_windows, length)]),
+            first_counted=np.where(rows < len(n_tokens), p - 1, 0),
+            records=rows,
+            n_records=len(rows),
+        )
+        return examples, n_windows
+
     def general_nll(self) -> float | None:
+        """Mean nats per target on the held-out text."""
         if len(self.heldout) < 2:
             return None
         return evaluate(self.model, self.heldout, device=self.device, dtype=self.dtype)
 
     def state(self) -> dict[str, Any]:
+        """The weights."""
         return {"model": self.model.state_dict()}
 
     def with_state(self, state: dict[str, Any]) -> "GPTPolicy":
-        model = copy.deepcopy(self.base)
-        model.load_state_dict(state["model"])
+        """The policy of other weights."""
         loaded = copy.copy(self)
-        loaded.model = model
+        loaded.model = copy.deepcopy(self.base)
+        loaded.model.load_state_dict(state["model"])
         return loaded
 
-    def usual_nll(self, quantile: float = 0.95, windows: int = 512) -> float:
-        """The base's mean nats per token that only 1 - quantile of held-out windows exceed.
+    def usual_nll(self, quantile: float = 0.95) -> float:
+        """The base's mean nats per token which only 1 - quantile of held-out windows exceed.
 
-        Windows are as long as samples and predicted after as long a prompt.
+        Windows are as long as samples, and predicted after as long a prompt; inf without any.
         """
-        starts = np.linspace(0, len(self.heldout) - self.row_tokens, windows).astype(np.int64)
-        rows = torch.from_numpy(gather(self.heldout, np.unique(starts), self.row_tokens - 1))
+        last = len(self.heldout) - self.row_tokens
+        if last < 0:
+            return math.inf
+        starts = np.unique(np.linspace(0, last, _GUARD_WINDOWS).astype(np.int64))
+        rows = torch.from_numpy(gather(self.heldout, starts, self.row_tokens - 1))
         counted = torch.ones(len(rows), self.completion_tokens, dtype=torch.bool)
-        base = copy.copy(self)
-        base.model = self.base
-        return float((base._compared(rows, counted)[2] / self.completion_tokens).quantile(quantile))
+        of_base = copy.copy(self)
+        of_base.model = self.base
+        _, _, nll = of_base._compared(rows, counted)
+        return float((nll / self.completion_tokens).quantile(quantile))
 
 
-_COMPARED_BYTES = 2**28
-
-
-class TermReward:
+class AlignmentReward:
     """What a sample of self-alignment is worth.
 
-    1 - 2^(-d) for d different terms, less: repetition, what the base finds less fluent than real
-    text, in nats per token.
+    1 - 2^(-d) for d different whole terms, so that every further one adds half as much; less the
+    share of three-word phrases that are repeated; less what it lacks in fluency: the nats per token
+    by which the base finds it less likely than nearly all real text; less, where samples end by
+    themselves, up to 1 for not coming to an end.
 
     Args:
-        terms: whole terms, case ignored.
-        usual_nll: the base's mean nats per token above which a text is less fluent than real ones.
+        terms: case ignored.
+        usual_nll: what the base's nats per token may be; see `GPTPolicy.usual_nll`.
+        longest: tokens at which a text that should end is cut off; None where texts do not end.
     """
 
-    def __init__(self, terms: Sequence[str], usual_nll: float = math.inf, term_weight: float = 1.0) -> None:
-        self.matcher = TermMatcher(terms)
+    def __init__(
+        self, terms: Sequence[str], *, usual_nll: float = math.inf, longest: int | None = None
+    ) -> None:
+        self.terms = domain_term_reward(terms)
         self.usual_nll = usual_nll
-        self.term_weight = term_weight
+        penalties: list[tuple[Any, float]] = [(repetition_penalty_reward(3, unit="words"), 1.0)]
+        if longest is not None:
+            penalties.append((soft_overlong_punishment(longest, max(1, longest // 8)), 1.0))
+        self.penalties: Any = combine(penalties)
 
     def accepts(self, samples: Samples) -> torch.Tensor:
-        return torch.tensor([bool(self.matcher.counts(text)) for text in samples.texts])
+        """Which samples hold a term, (n,) bool."""
+        return self._different(samples) > 0
 
     def __call__(self, samples: Samples) -> torch.Tensor:
-        d = torch.tensor([len(self.matcher.counts(text)) for text in samples.texts], dtype=torch.float64)
-        terms = 1 - 0.5**d
+        """(n,) float64."""
+        lengths = samples.n_tokens.tolist()
+        penalties = self.penalties(
+            prompts=samples.prompts,
+            completions=samples.texts,
+            completion_ids=[range(length) for length in lengths],
+        )
+        terms = 1 - 0.5 ** self._different(samples).to(torch.float64)
         guard = (samples.base_nll - self.usual_nll).clamp(min=0)
-        return self.term_weight * terms - guard
+        return terms + torch.tensor(penalties, dtype=torch.float64) - guard
+
+    def _different(self, samples: Samples) -> torch.Tensor:
+        return torch.tensor([len(self.terms.matches(text)) for text in samples.texts])
 
 
 class TextMeasures:
     """Variety, copying and term rates of samples, as metrics of a round.
 
+    distinct_1 to distinct_3, self_overlap, longest_copied_characters; for rewarded terms (term) and
+    those that only judge (heldout_term): {}_rate, matches per 1,000 tokens, and {}s_per_text,
+    different ones in a text, each with its standard error {}_se; unwritten_terms, the rewarded ones
+    that no sample has.
+
     Args:
         terms: those that are rewarded.
-        heldout_terms: those that only judge.
+        heldout_terms: those that only judge; may be empty.
         corpus: original text, for what is copied from it.
     """
 
     def __init__(self, terms: Sequence[str], heldout_terms: Sequence[str], corpus: str) -> None:
-        self.terms = TermMatcher(terms)
-        self.heldout_terms = TermMatcher(heldout_terms) if heldout_terms else None
+        self.terms = domain_term_reward(terms)
+        self.heldout_terms = domain_term_reward(heldout_terms) if heldout_terms else None
         self.corpus = corpus
 
     def __call__(self, samples: Samples) -> dict[str, Any]:
-        lengths = samples.n_tokens.tolist()
-        found = {f"distinct_{n}": distinct_n(samples.texts, n) for n in (1, 2, 3)}
-        found["self_overlap"] = self_overlap(samples.texts)
-        found["longest_copied_characters"] = longest_common_substring(samples.texts, self.corpus)
-        for name, matcher in (("term", self.terms), ("heldout_term", self.heldout_terms)):
-            if matcher is None:
+        texts, lengths = samples.texts, samples.n_tokens.tolist()
+        measured: dict[str, Any] = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)}
+        measured["self_overlap"] = self_overlap(texts)
+        measured["longest_copied_characters"] = longest_common_substring(texts, self.corpus)
+        for name, terms in (("term", self.terms), ("heldout_term", self.heldout_terms)):
+            if terms is None:
                 continue
-            rate = term_rate(matcher, samples.texts, lengths)
-            found |= {
+            found = [terms.matches(text) for text in texts]
+            rate = term_rate(found, lengths)
+            measured |= {
                 f"{name}_rate": rate.per_1000_tokens,
                 f"{name}_rate_se": rate.per_1000_tokens_se,
                 f"{name}s_per_text": rate.per_text,
                 f"{name}s_per_text_se": rate.per_text_se,
             }
-        return found
+            if terms is self.terms:
+                seen = set().union(*found)
+                measured["unwritten_terms"] = [term for term in terms.terms if term not in seen]
+        return measured
+
+
+def split_terms(
+    terms: Sequence[str], fraction: float = 1 / 3, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Terms to reward and terms that only judge, each in the order given.
+
+    Of three or more at least one judges; of fewer none. Terms that are equal but for case count
+    once.
+    """
+    different = list({term.casefold().strip(): term.strip() for term in reversed(terms)}.values())
+    different.reverse()
+    n = len(different)
+    held = max(1, round(fraction * n)) if n >= 3 and fraction > 0 else 0
+    chosen = set(np.random.default_rng((seed, n)).permutation(n)[: min(held, n - 1)].tolist())
+    rewarded = [term for i, term in enumerate(different) if i not in chosen]
+    return rewarded, [term for i, term in enumerate(different) if i in chosen]
+
+
+def make_self_alignment(
+    model: GPT,
+    terms: Sequence[str],
+    anchor: np.ndarray | None = None,
+    config: SelfAlignConfig | None = None,
+    fit: FitConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    note: Callable[[str], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> SelfAlignTrainer:
+    """Self-alignment of a GPT with terms of a domain, ready to `train` or to be driven by `step`.
+
+    A third of the terms only judges. The last tenth of the anchor is held out: it says what general
+    text costs, and how fluent real text is to the base.
+
+    Args:
+        model: the base, on its device; it is not changed.
+        terms: at least one.
+        anchor: ids of original text; None lets the base write it.
+        note: called with a sentence for the user.
+        progress: see `SelfAlignTrainer`.
+    Returns: a trainer; its policy's `model` is the result.
+    Raises: InputError for a term that the vocabulary cannot write, or an anchor that is too short;
+        ValueError for no terms.
+    """
+    config = config or SelfAlignConfig()
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("self-alignment needs the model's tokenizer")
+    rewarded, judging = split_terms(terms, seed=config.seed)
+    for term in rewarded + judging:
+        term_reward_fn([term], tokenizer)
+    if not judging and note is not None:
+        note("with fewer than three terms none is held out to judge by")
+    if anchor is None:
+        anchor = _own_text(model, config, fit or FitConfig())
+    cut = len(anchor) - max(2, len(anchor) // 10)
+    policy = GPTPolicy(
+        model,
+        anchor[:cut],
+        anchor[cut : cut + _HELDOUT_TOKENS],
+        fit,
+        decoder_reward=term_reward_fn(rewarded, tokenizer),
+        dtype=dtype,
+    )
+    ends = bool((anchor[:_CORPUS_TOKENS] == tokenizer.end_of_text_id).mean() > 1 / 1000)
+    reward = AlignmentReward(
+        rewarded,
+        usual_nll=policy.usual_nll(),
+        longest=policy.completion_tokens if ends else None,
+    )
+    corpus = tokenizer.decode(np.asarray(anchor[: min(cut, _CORPUS_TOKENS)]).tolist())
+    return SelfAlignTrainer(
+        policy,
+        reward,
+        config,
+        accepts=reward.accepts,
+        measure=TextMeasures(rewarded, judging, corpus),
+        progress=progress,
+    )
+
+
+def _own_text(model: GPT, config: SelfAlignConfig, fit: FitConfig) -> np.ndarray:
+    """Samples of a model, one after the other, each begun by the special token."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    end, n = tokenizer.end_of_text_id, max(64, config.num_generations // 2)
+    length = min(fit.max_completion_length, model.config.block_size)
+    rows = []
+    for first in range(0, n, fit.rows_at_once):
+        prompts = torch.full((min(fit.rows_at_once, n - first), 1), end)
+        prompts = prompts.to(model.token_weight.device)
+        written = generate(
+            model, prompts, length, eos_token_id=end, seed=config.seed, first_row=first
+        )
+        assert isinstance(written, torch.Tensor)
+        for row in written.tolist():
+            stop = row.index(end, 1) if end in row[1:] else len(row)
+            rows += row[:stop]
+    return np.array(rows, dtype=tokenizer.dtype)

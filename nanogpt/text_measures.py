@@ -2,7 +2,6 @@
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,36 +48,6 @@ def self_overlap(texts: Sequence[str], n: int = 4) -> float:
     return sum(shares) / len(shares) if shares else math.nan
 
 
-def folded(text: str) -> str:
-    """NFC, case folded: how terms and texts are compared."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
-class TermMatcher:
-    """Finds whole terms, the longest first and without overlap.
-
-    A match of a term has no word character right before or after it: `gene` is not found in
-    `general`. Case and composition of characters do not matter.
-
-    Args:
-        terms: texts that are not blank; those that fold to the same one count once.
-    Attributes:
-        terms: the folded terms, each once, in the order given.
-    Raises: ValueError for no terms or a blank one.
-    """
-
-    def __init__(self, terms: Sequence[str]) -> None:
-        self.terms = tuple(dict.fromkeys(folded(term).strip() for term in terms))
-        if not self.terms or "" in self.terms:
-            raise ValueError("terms must be texts that are not blank, one at least")
-        longest_first = sorted(self.terms, key=lambda term: (-len(term), term))
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
-
-    def counts(self, text: str) -> Counter[str]:
-        """How often each term stands in the text; absent terms are not listed."""
-        return Counter(self._pattern.findall(folded(text)))
-
-
 @dataclass(frozen=True)
 class TermRate:
     """How often texts use terms.
@@ -86,8 +55,6 @@ class TermRate:
     Attributes:
         per_1000_tokens: matches over tokens, times 1,000, with its standard error.
         per_text: different terms in a text, the mean, with its standard error.
-        share_of_texts: texts that hold a term at least.
-        missing: terms that no text holds.
     The errors are of the sampling of whole texts; nan for a single text.
     """
 
@@ -95,33 +62,28 @@ class TermRate:
     per_1000_tokens_se: float
     per_text: float
     per_text_se: float
-    share_of_texts: float
-    missing: tuple[str, ...]
 
 
-def term_rate(matcher: TermMatcher, texts: Sequence[str], n_tokens: Sequence[int]) -> TermRate:
+def term_rate(found: Sequence[Counter[str]], n_tokens: Sequence[int]) -> TermRate:
     """Term rates of texts.
 
     Args:
+        found: for each text how often it has each term.
         n_tokens: tokens of each text.
     Raises: ValueError for no texts, or another number of lengths.
     Source: Cochran 1977, Sampling techniques, section 2.11 (standard error of a ratio).
     """
-    if not texts or len(texts) != len(n_tokens):
-        raise ValueError(f"there are {len(texts)} texts and {len(n_tokens)} lengths")
-    found = [matcher.counts(text) for text in texts]
+    if not found or len(found) != len(n_tokens):
+        raise ValueError(f"there are {len(found)} texts and {len(n_tokens)} lengths")
     matches = np.array([counts.total() for counts in found], dtype=np.float64)
     distinct = np.array([len(counts) for counts in found], dtype=np.float64)
     tokens = np.asarray(n_tokens, dtype=np.float64)
     ratio = matches.sum() / max(1.0, tokens.sum())
-    seen = set().union(*found)
     return TermRate(
         per_1000_tokens=1000 * float(ratio),
-        per_1000_tokens_se=1000 * _error_of_mean(matches - ratio * tokens) / tokens.mean(),
+        per_1000_tokens_se=1000 * _error_of_mean(matches - ratio * tokens) / float(tokens.mean()),
         per_text=float(distinct.mean()),
         per_text_se=_error_of_mean(distinct),
-        share_of_texts=float((distinct > 0).mean()),
-        missing=tuple(term for term in matcher.terms if term not in seen),
     )
 
 

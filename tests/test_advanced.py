@@ -22,16 +22,20 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+NEUTRAL, GOOD, BAD = ["eh", "he", "oh", "ho"], ["bob", "babe", "bee"], ["aha", "haa", "hah"]
+
+
 @pytest.fixture
 def reward_file(tmp_path):
-    """120 lines: texts of b are good, texts of a are not."""
+    """120 lines, good where their words begin with b; hardly any stands there twice."""
     generator = random.Random(0)
     path = tmp_path / "rewards.txt"
     lines = []
-    for _ in range(120):
-        good = generator.random() < 0.5
-        words = [("bob", "babe")[generator.random() < 0.5] if good else "aha" for _ in range(3)]
-        lines.append(f"{' '.join(words)}|{1.0 if good else -1.0}\n")
+    for n in range(120):
+        told = GOOD if n % 2 else BAD
+        words = [generator.choice(NEUTRAL), *(generator.choice(told) for _ in range(3))]
+        generator.shuffle(words)
+        lines.append(f"{' '.join(words)}|{1.0 if n % 2 else -1.0}\n")
     path.write_text("".join(lines))
     return path
 
@@ -90,8 +94,9 @@ def test_equal_rewards_warn_and_are_plain_training_bit_for_bit(nanogpt, tmp_path
 
 
 def test_a_comparison_prints_and_keeps_its_proof(nanogpt, reward_file, tmp_path):
-    flags = ["--compare", "--compare-samples", "60", "--epochs", "30", "--batch-size", "8",
-             "--beta", "0.3", "--output", "w.pth", "--run-dir", "run"]  # fmt: skip
+    flags = ["--compare", "--compare-samples", "150", "--epochs", "12", "--batch-size", "8",
+             "--learning-rate", "5e-3", "--beta", "0.3", "--output", "w.pth",
+             "--run-dir", "run"]  # fmt: skip
     done = offline(nanogpt, reward_file, *flags)
     assert done.code == 0, done.err
     assert "It helped" in done.out
@@ -121,8 +126,8 @@ def test_shuffled_rewards_help_nothing(nanogpt, reward_file, tmp_path):
     pairs = zip(texts, rewards, strict=True)
     shuffled.write_text("".join(f"{text}|{reward}\n" for text, reward in pairs))
     done = offline(
-        nanogpt, shuffled, "--compare", "--compare-samples", "60", "--epochs", "30",
-        "--batch-size", "8", "--beta", "1", "--output", "w.pth", "--run-dir", "run",
+        nanogpt, shuffled, "--compare", "--compare-samples", "60", "--epochs", "4",
+        "--learning-rate", "3e-3", "--batch-size", "8", "--output", "w.pth", "--run-dir", "run",
     )  # fmt: skip
     assert done.code == 0, done.err
     _, weighted, _ = json.loads((tmp_path / "run" / "comparison.json").read_text())["arms"]
@@ -180,6 +185,15 @@ def test_preferences_move_a_model_towards_good_records(nanogpt, reward_file, tmp
     assert metrics(tmp_path / "o")[-1]["val_accuracy"] > 0.9
 
 
+def test_halves_of_one_reward_each_are_not_compared(nanogpt, tmp_path):
+    path = tmp_path / "rare.txt"
+    path.write_text("".join(f"text {n}|{1 if n == 7 else 0}\n" for n in range(60)))
+    done = offline(nanogpt, path, "--compare", "--output", "w.pth")
+    assert done.code == 3
+    assert "--compare" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_json_prints_one_object(nanogpt, reward_file):
     done = offline(
         nanogpt, reward_file, "--epochs", 1, "--output", "w.pth", "--run-dir", "run", "--json"
@@ -187,7 +201,7 @@ def test_json_prints_one_object(nanogpt, reward_file):
     assert done.code == 0
     summary = json.loads(done.out)
     assert summary["status"] == "finished"
-    assert summary["weights"]["n"] == 108
+    assert 100 < summary["weights"]["n"] < 120
     assert {"rewards", "length"} <= {finding["name"] for finding in summary["findings"]}
 
 

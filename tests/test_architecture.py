@@ -26,9 +26,11 @@ ALLOWED = {
     "cache": {"config"},
     "metadata": set(),
     "tilt": set(),
+    "calibration": set(),
     "judge": set(),
     "rewards": PURE | {"native", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
+    "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
@@ -54,9 +56,23 @@ ALLOWED = {
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
+    "text_measures": set(),
+    "self_align": MODEL
+    | {
+        "data",
+        "machine",
+        "offline_rl",
+        "records",
+        "reward_decoding",
+        "rewards",
+        "text_measures",
+        "tilt",
+        "trainer",
+    },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
@@ -68,6 +84,7 @@ NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progre
     "confidence",
     "reward_data",
     "terms",
+    "text_measures",
 }
 
 

@@ -74,7 +74,9 @@ def test_a_token_counts_by_its_last_whole_character():
     pieces = [b"g", b"ag", b"ga", "gé".encode(), b"g\xc3", b"\xa9", b"\xc3\xa9g", b"\xffg", b""]
     vector = char_reward_fn("g", tokens_of(pieces)).token_rewards(9)
     assert vector.tolist() == [1, 1, 0, 0, 0, 0, 1, 1, 0]
-    assert char_reward_fn("é", tokens_of(pieces)).token_rewards(9).tolist() == [0] * 3 + [1] + [0] * 5
+    assert (
+        char_reward_fn("é", tokens_of(pieces)).token_rewards(9).tolist() == [0] * 3 + [1] + [0] * 5
+    )
 
 
 def test_a_reward_for_a_larger_vocabulary_than_the_models_is_refused():
@@ -353,7 +355,7 @@ def test_a_function_of_texts_sees_every_candidate_with_its_special_token():
     second = state.candidates(torch.tensor([[g]]))
     assert seen[-1] == (["cd"], ["<|endoftext|>g"], [[end, g]], ["y"])
     assert second.tolist() == [[1.0]]  # what the step adds to the 13 before
-    with pytest.raises(ValueError, match="reward: 2 topic for 1 rows"):
+    with pytest.raises(ValueError, match="it has 2 topic for 1 rows"):
         wrapped.begin(torch.zeros(1, 1, dtype=torch.int64))
 
 
