@@ -434,6 +434,7 @@ def _losses(fitted: RewardModel, part: _Part, goals: torch.Tensor) -> torch.Tens
     return each * part.weights
 
 
+@torch.no_grad()
 def _quality(
     fitted: RewardModel, heldout: _Prefixes, target: torch.Tensor, n_fitted: int, epochs: int
 ) -> RewardModelQuality:

@@ -713,24 +713,28 @@ class PrefixReward(Reward):
     def begin(self, prompt: torch.Tensor) -> RewardState:
         return _PrefixState(self, prompt)
 
+    def owners(self, rows: int) -> list[int]:
+        """For each row that is written the row of the user's that it belongs to."""
+        return list(range(rows))
+
     @abstractmethod
     def values(
         self, texts: torch.Tensor, prompt_length: int, owners: Sequence[int]
     ) -> torch.Tensor:
-        """Values of prefixes (N, T) that begin with a prompt; owners: the prompts' rows."""
+        """Values of prefixes (N, T) that begin with prompts; owners (N): rows of the user's."""
 
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """The values of the finished texts, in one call for each length that occurs."""
         total = torch.zeros(len(new), dtype=torch.float64)
-        lengths = lengths.cpu()
+        lengths, owners = lengths.cpu(), self.owners(len(prompt))
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
             if length == 0:
                 continue
             texts = torch.cat([prompt, new[:, :length]], 1)[rows.to(new.device)]
-            values = self.values(texts, prompt.shape[1], rows.tolist())
+            values = self.values(texts, prompt.shape[1], [owners[row] for row in rows.tolist()])
             total[rows] = values.to("cpu", torch.float64)
         return total
 
@@ -740,7 +744,7 @@ class _PrefixState(RewardState):
 
     def __init__(self, reward: PrefixReward, prompt: torch.Tensor) -> None:
         self.reward, self.texts, self.prompt_length = reward, prompt, prompt.shape[1]
-        self.owners = list(range(len(prompt)))
+        self.owners = reward.owners(len(prompt))
         self.value = torch.zeros(len(prompt), dtype=torch.float64, device=prompt.device)
         self._asked: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -840,11 +844,15 @@ class TextFunctionReward(PrefixReward):
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.values(tokens, 0, range(len(tokens))).to(torch.float32)
 
-    def begin(self, prompt: torch.Tensor) -> RewardState:
-        for name, column in {"prompts": self.prompts, **self.columns}.items():
-            if column is not None and len(column) != len(prompt):
-                raise RewardError(f"it has {len(column)} {name} for {len(prompt)} rows")
-        return super().begin(prompt)
+    def owners(self, rows: int) -> list[int]:
+        """Several texts may be written for each row: particles, or the best of n."""
+        given = {"prompts": self.prompts, **self.columns}
+        sizes = {name: len(column) for name, column in given.items() if column is not None}
+        for name, size in sizes.items():
+            if size == 0 or rows % size or size != max(sizes.values()):
+                raise RewardError(f"it has {size} {name} for {rows} rows")
+        count = max(sizes.values(), default=rows)
+        return [row * count // rows for row in range(rows)]
 
     def values(
         self, texts: torch.Tensor, prompt_length: int, owners: Sequence[int]

@@ -76,7 +76,7 @@ ALLOWED = {
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
-    "__init__": MODEL | {"checkpoint", "rewards"},
+    "__init__": MODEL | {"checkpoint", "reward_decoding", "reward_model", "rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }

@@ -355,8 +355,12 @@ def test_a_function_of_texts_sees_every_candidate_with_its_special_token():
     second = state.candidates(torch.tensor([[g]]))
     assert seen[-1] == (["cd"], ["<|endoftext|>g"], [[end, g]], ["y"])
     assert second.tolist() == [[1.0]]  # what the step adds to the 13 before
-    with pytest.raises(ValueError, match="it has 2 topic for 1 rows"):
-        wrapped.begin(torch.zeros(1, 1, dtype=torch.int64))
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"it has 2 topic for {rows} rows"):
+            wrapped.begin(torch.zeros(rows, 1, dtype=torch.int64))
+    twice = wrapped.begin(torch.zeros(4, 1, dtype=torch.int64))  # two particles of each row
+    twice.candidates(torch.zeros(4, 1, dtype=torch.int64))
+    assert seen[-1][3] == ["x", "x", "y", "y"]
 
 
 def test_prompts_can_be_given_as_texts():

@@ -334,7 +334,7 @@ def pieces_of(raw: bytes, probabilities, **settings):
 
 
 def test_a_character_of_several_tokens_has_the_least_of_their_probabilities():
-    pieces, _ = pieces_of("aé€!".encode(), [0.9, 0.8, 0.3, 0.7, 0.6, 0.5, 1.0])
+    pieces, _ = pieces_of("aé€!".encode(), [0.9, 0.3, 0.8, 0.7, 0.5, 0.6, 1.0])
     assert pieces == [
         Piece("a", 0.9, False),
         Piece("é", 0.3, False),
@@ -373,6 +373,18 @@ def test_text_that_a_stop_text_held_back_keeps_its_probabilities():
     pieces, _ = pieces_of(b"xababc!", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], stop=("abc!",))
     assert [(piece.text, piece.probability) for piece in pieces] == [
         ("x", 0.1), ("a", 0.2), ("b", 0.3),
+    ]  # fmt: skip
+
+
+def test_a_token_that_a_stop_text_begins_inside_of_is_given_out_in_parts():
+    tokenizer = ByteTokenizer()
+    tokenizer.token_bytes = [b"xab", b"cy", b"ab!", b"c", b""]
+    steps = [Drawn(0, 0.1), Drawn(1, 0.2), Drawn(2, 0.3), Drawn(3, 0.4), Drawn(0, 0.5)]
+    writer = SimpleNamespace(
+        tokenizer=tokenizer, config=SampleConfig(stop=("abcd", "!c")), draw=lambda *_: iter(steps)
+    )
+    assert [(p.text, p.probability) for p in Text(writer, [0], 0)] == [
+        ("x", 0.1), ("ab", 0.1), ("cy", 0.2), ("ab", 0.3),
     ]  # fmt: skip
 
 
@@ -520,7 +532,9 @@ def test_particles_write_what_the_library_draws(varied, varied_path):
     assert varied(*PARTICLES).out == "abc" + result["samples"][0]["text"] + "\n"
 
 
-def test_a_text_of_particles_ends_at_a_stop_text_and_at_the_end_of_the_document(varied):
+def test_a_text_of_particles_ends_at_a_stop_text_and_at_the_end_of_the_document(
+    varied, varied_path
+):
     stopped = only_sample(varied(*PARTICLES, "--json", "--stop", "e"))
     assert "e" not in stopped["text"]
     assert stopped["tokens"].index(6) == len(stopped["tokens"]) - 1 < 39
@@ -528,8 +542,18 @@ def test_a_text_of_particles_ends_at_a_stop_text_and_at_the_end_of_the_document(
     assert shown.out == "abc" + stopped["text"] + "\n"
     assert shown.err.count("\n") == len(stopped["tokens"]) + 2
     mild = ("--reward-chars", "e", "--beta", 0.5, "--num-particles", 4, "--num-samples", 6)
-    ended = json.loads(varied(*mild, "--json", "--no-ignore-eos").out)["samples"]
-    assert not any(27 in entry["tokens"] for entry in ended)
+    ended = json.loads(varied(*mild, "--json", "--no-ignore-eos", "--stop", "x").out)["samples"]
+    model, tokenizer = load(varied_path)
+    for row, entry in enumerate(ended):
+        made = model.generate_reward_augmented(
+            torch.tensor([tokenizer.encode("abc")]), 40, char_reward_fn("e", tokenizer), 0.5,
+            seed=4, first_row=row, num_particles=4, eos_token_id=27, stop="x", return_details=True,
+        )  # fmt: skip
+        new = made.sequences[0, 3 : 3 + int(made.lengths)].tolist()
+        assert entry["tokens"] == [token for token in new if token != 27]
+        assert entry["log_z"] == pytest.approx(float(made.log_z))
+    lasts = {entry["tokens"][-1] == tokenizer.stoi["x"] for entry in ended}
+    assert lasts == {True, False}
     assert any(len(entry["tokens"]) < 40 for entry in ended)
 
 
