@@ -886,3 +886,12 @@ def test_transformers_generates_with_the_processor():
         logits_processor=transformers.LogitsProcessorList([processor]),
     )  # fmt: skip
     assert (out[:, 3:] == LETTERS.stoi["g"]).all()
+    halved = theirs.generate(
+        torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=3, do_sample=True, temperature=0.5,
+        top_k=0, logits_processor=[RewardAugmentedLogitsProcessor(reward, 2.0)],
+        output_scores=True, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    for scores, logits in zip(halved.scores, halved.logits, strict=True):
+        # beta here = beta there / T: 4 to their 2.
+        expected = logits / 0.5 + 4.0 * reward.token_rewards(29).float()
+        assert torch.allclose(scores, expected, atol=1e-5)
