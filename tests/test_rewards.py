@@ -33,6 +33,12 @@ engine, program = native_sampling.engine, native_sampling.program
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz .")
 
 
+@pytest.fixture(autouse=True)
+def _terms_in_python(monkeypatch):
+    """The compiled engine's rows are tested beside these, in test_native_rewards.py."""
+    monkeypatch.setattr("nanogpt.rewards._compiled_term_row", lambda reward: None)
+
+
 def tokens_of(pieces: list[bytes]) -> Tokenizer:
     """A vocabulary of these pieces."""
     return SimpleNamespace(token_bytes=pieces, vocab_size=len(pieces))
