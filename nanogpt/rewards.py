@@ -496,7 +496,7 @@ def _compiled_term_row(reward: TermReward) -> "_C.Reward | None":
 
     It is made once: reading a large vocabulary takes longer than writing.
     """
-    if not native.available():
+    if not (native.available() and isinstance(reward.tokenizer, Tokenizer)):
         return None
     if reward.compiled is None:
         reward.compiled = native.term_reward(reward.terms, reward.tokenizer)
