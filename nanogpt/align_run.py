@@ -6,6 +6,7 @@ model has learnt their domain or the other terms by heart.
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,9 +38,6 @@ from nanogpt.terms import read_terms
 
 Say = Callable[[str], None]
 Machine = tuple[torch.device, torch.dtype, dict[str, str]]
-_HELD_OUT_TERMS = 1 / 3
-# Of what training from scratch takes.
-_LEARNING_RATE = 1 / 40
 _REPORTED_TEXTS = 3
 
 
@@ -59,6 +57,8 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
     )
     name = f"{Path(config.init or 'gpt').stem}-aligned"
     output = Path(config.output)
+    # Before anything is written: a term that cannot be spelled, or too short a text, is refused.
+    _make_trainer(config, initial.to(device), terms, anchor, dtype, _nothing)
     with RunDirectory(run_path(config, name, initial.config, identity), warn=say) as folder:
         start = find_start(config, folder, identity)
         picked, why = choose_kernels(
@@ -76,12 +76,14 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
             folder.check_space(4 * 4 * 4 * initial.config.n_parameters())
             folder.begin(content, flags_as_text(config))
         run = _Run(config, folder, terms, choices, say)
-        trainer = run.make_trainer(initial.set_kernels(picked).to(device), anchor, dtype)
+        model = initial.set_kernels(picked)
+        trainer = _make_trainer(config, model, terms, anchor, dtype, say)
         say(f"terms: {len(run.terms)} to learn, {len(run.held_out)} held out for judging")
         if start is not None:
             folder.cut_journals(start.state["journals"])
             trainer.load_state(start.load_trainer())
             run.earlier = start.state["seconds"]
+            run.told = trainer.rounds[-1]["round"]
             if trainer.stopped is not None:
                 say(f"this run is finished, in {folder.path} (--resume never trains anew)")
             else:
@@ -104,6 +106,65 @@ def _original_text(
     return corpus.split(0.0)[0], corpus.content_sha256
 
 
+def _make_trainer(
+    config: AdvancedConfig,
+    model: GPT,
+    terms: Sequence[str],
+    anchor: np.ndarray | None,
+    dtype: torch.dtype,
+    say: Say,
+) -> SelfAlignTrainer:
+    """The rounds' settings, from the flags.
+
+    Raises: InputError for a term that the vocabulary cannot write, or too short a text.
+    """
+    fit = FitConfig(
+        max_completion_length=config.max_completion_length,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+    )
+    settings = SelfAlignConfig(
+        rounds=config.rounds,
+        num_generations=config.num_generations,
+        weighting="exp" if config.distil_beta is None else "identity",
+        beta=config.beta or 1.0,
+        scale_rewards=config.scale_rewards,
+        max_weight=config.max_weight,
+        anchor_fraction=config.anchor_fraction,
+        kl_budget=config.kl_budget,
+        distil_beta=config.distil_beta,
+        seed=config.seed,
+    )
+    try:
+        return make_self_alignment(
+            model,
+            terms,
+            anchor,
+            settings,
+            fit,
+            dtype=dtype,
+            note=say,
+            progress=lambda what, part: say(f"{what} …"),
+        )
+    except ValueError as error:
+        raise InputError(f"--align-terms: {error}") from None
+
+
+def _nothing(message: str) -> None:
+    pass
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no word for become None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
 class _Run:
     """Rounds and what they leave."""
 
@@ -120,48 +181,6 @@ class _Run:
         self.terms, self.held_out = split_terms(terms, seed=config.seed)
         self.started, self.earlier = time.monotonic(), 0.0
 
-    def make_trainer(
-        self, model: GPT, anchor: np.ndarray | None, dtype: torch.dtype
-    ) -> SelfAlignTrainer:
-        """The rounds' settings, from the flags.
-
-        Raises: InputError for a term that the vocabulary cannot write, or too short a text.
-        """
-        config = self.config
-        fit = FitConfig(
-            max_completion_length=config.max_completion_length,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-        )
-        settings = SelfAlignConfig(
-            rounds=config.rounds,
-            num_generations=config.num_generations,
-            weighting="exp" if config.distil_beta is None else "identity",
-            beta=config.beta or 1.0,
-            scale_rewards="none" if config.scale_rewards == "none" else "std",
-            max_weight=config.max_weight,
-            anchor_fraction=config.anchor_fraction,
-            kl_budget=config.kl_budget,
-            distil_beta=config.distil_beta,
-            seed=config.seed,
-        )
-        try:
-            return make_self_alignment(
-                model,
-                self.all_terms,
-                anchor,
-                settings,
-                fit,
-                dtype=dtype,
-                note=self.say,
-                progress=lambda what, part: self.say(f"{what} …"),
-            )
-        except ValueError as error:
-            raise InputError(f"--align-terms: {error}") from None
-
     def carry_out(self, trainer: SelfAlignTrainer, output: Path) -> int:
         """Rounds until it stops by itself; every one is saved."""
         while trainer.stopped is None:
@@ -169,12 +188,13 @@ class _Run:
                 warnings.simplefilter("always", RuntimeWarning)
                 trainer.step()
             for warning in caught:
-                self.say(f"WARNING: {warning.message}")
-            if trainer.stopped is None or trainer.rounds[-1]["round"] > self._told:
+                self.say(f"WARNING: {str(warning.message).replace('distil_beta', '--distil-beta')}")
+            if trainer.stopped is None or trainer.rounds[-1]["round"] > self.told:
                 self._tell_round(trainer)
             self._save(trainer)
         kept = max(row["round"] for row in trainer.rounds if row["kept"])
-        self.say(f"stopped: {trainer.stopped}")
+        reason = trainer.stopped or ""
+        self.say(f"stopped: {reason.replace('distil_beta', '--distil-beta')}")
         model = trainer.policy.model  # type: ignore[attr-defined]
         if kept == 0:
             self.say("no round was kept: the model written is the one of --init")
@@ -187,26 +207,26 @@ class _Run:
                 "status": "finished",
                 "stopped": trainer.stopped,
                 "round": kept,
-                "rounds": trainer.rounds,
+                "rounds": [_finite(row) for row in trainer.rounds],
                 "terms": self.terms,
                 "held_out_terms": self.held_out,
                 "output": str(output),
                 "run_dir": str(self.folder.path),
                 "report": str(report),
             }
-            print(json.dumps(summary))
+            print(json.dumps(summary, allow_nan=False))
         else:
             print(_table(trainer.rounds, kept))
         return 0
 
-    _told = -1
+    told = -1
 
     def _tell_round(self, trainer: SelfAlignTrainer) -> None:
         row = trainer.rounds[-1]
-        if row["round"] <= self._told:
+        if row["round"] <= self.told:
             return
-        self._told = row["round"]
-        self.folder.append("metrics.jsonl", {**row, "step": row["round"]})
+        self.told = row["round"]
+        self.folder.append("metrics.jsonl", _finite({**row, "step": row["round"]}))
         name = "the base" if row["round"] == 0 else f"round {row['round']}"
         change = "" if row.get("val_loss") is None else f", general text {row['val_loss']:.4f} nats"
         self.say(

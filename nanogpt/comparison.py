@@ -130,7 +130,9 @@ def compare(
                 name=name,
                 reward=Estimate.of(scores),
                 above_plain=None if own else Estimate.of_difference(scores, plain_scores),
-                kl_to_plain=None if own else Estimate.of(sequence_kl(model, plain, starts, new)),
+                kl_to_plain=None
+                if own
+                else Estimate.of(sequence_kl(model, plain, starts, new, max_new_tokens)),
                 distinct=(distinct_n(texts, 1), distinct_n(texts, 2), distinct_n(texts, 3)),
                 length=sum(map(len, new)) / len(new),
                 nll=float(nll.sum() / counts.sum()),
@@ -193,13 +195,19 @@ def write_samples(
 
 @torch.inference_mode()
 def sequence_kl(
-    model: GPT, reference: GPT, starts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]
+    model: GPT,
+    reference: GPT,
+    starts: Sequence[Sequence[int]],
+    new: Sequence[Sequence[int]],
+    max_new_tokens: int,
 ) -> torch.Tensor:
     """KL(model || reference) of whole texts, estimated along the model's own samples.
 
     At every step the KL of the next token is exact, over the whole vocabulary; its sum over a
     sample has the sequences' KL as its mean. What lies beyond the context is not counted.
 
+    Args:
+        new: without the end-of-text token; a text that is shorter than `max_new_tokens` drew it.
     Returns: (n,) float64, nats.
     """
     tokenizer = model.tokenizer
@@ -215,7 +223,9 @@ def sequence_kl(
         tokens = torch.tensor(filled, device=device)
         mask = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
         for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-            mask[i, len(starts[row]) - 1 : len(text)] = True
+            first_drawn = len(starts[row]) - 1
+            drawn = min(len(new[row]) + 1, max_new_tokens)
+            mask[i, first_drawn : min(first_drawn + drawn, len(text))] = True
         ours, theirs = model(tokens)[0], reference(tokens)[0]
         out[rows] = (token_kl(ours, theirs) * mask).sum(1).to(torch.float64).cpu()
     return out

@@ -448,7 +448,7 @@ class AdvancedConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabul
         group="training",
         above=0,
         auto="by the model's width as in train; a quarter of that after --init or --plain-epochs, "
-        "a fortieth in dpo and kto",
+        "a fortieth in dpo, kto and --align-terms",
     )
     output: str = option(
         "gpt_aligned.pth",

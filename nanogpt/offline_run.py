@@ -21,7 +21,7 @@ import torch
 from nanogpt import checkpoint
 from nanogpt.comparison import compare, write_samples
 from nanogpt.config import AdvancedConfig, GPTConfig, default_learning_rate, shape_from_flags
-from nanogpt.errors import InputError, UsageError
+from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.interruption import EXIT_CODES, signals_noted
 from nanogpt.judge import BagOfWordsJudge
 from nanogpt.machine import versions
@@ -68,6 +68,7 @@ BASE, PLAIN, WEIGHTED, BEST = "base", "plain", "weighted", "best fifth"
 _BEST_PART = 0.2
 _FEW_RECORDS = 40
 _SMALL_ESS = 0.1
+_DIVERGED_AFTER = 20
 # Training a model that already writes moves it gently; preferences more gently still.
 _OF_TRAINED, _OF_PREFERENCES = 1 / 4, 1 / 40
 
@@ -96,6 +97,12 @@ class OfflinePlan:
     findings: Sequence[Finding]
     settings: dict[str, RewardWeightedConfig]
     choices: dict[str, str]
+
+    @property
+    def objective(self) -> str:
+        """Preferences and labels need rewards that differ; equal ones leave plain training."""
+        constant = any(finding.name == "constant" for finding in self.findings)
+        return "weighted" if constant else self.config.objective
 
 
 def train_offline(config: AdvancedConfig, initial: GPT | None, machine: Machine, say: Say) -> int:
@@ -147,7 +154,10 @@ def _make_plan(
         examples = encode_records(records, tokenizer, shape.block_size)
     except InputError as error:
         raise InputError(f"{config.offline_data}, {error}") from None
-    findings = check_reward_data(records, examples.record_counts.tolist(), shape.block_size)
+    prompts = [len(tokenizer.encode(record.prompt)) if record.prompt else 0 for record in records]
+    counts = examples.record_counts.tolist()
+    sizes = [count + prompt for count, prompt in zip(counts, prompts, strict=True)]
+    findings = check_reward_data(records, sizes, shape.block_size)
     learnt: Sequence[RewardRecord] = records
     judged: Sequence[RewardRecord] = ()
     comparing = config.compare and not any(finding.name == "constant" for finding in findings)
@@ -159,6 +169,12 @@ def _make_plan(
             )
         ours, theirs = split_records(records, 0.5, config.seed)
         learnt, judged = _chosen(records, ours), _chosen(records, theirs)
+        if len(judged) < _FEW_RECORDS // 2 or len(learnt) < _FEW_RECORDS // 2:
+            raise InputError(
+                f"{config.offline_data} cannot be cut into two halves for --compare: records "
+                f"of one prompt, group or text stay together, which leaves {len(learnt)} and "
+                f"{len(judged)}"
+            )
         for half in (learnt, judged):
             if len({record.reward for record in half}) < 2:
                 raise InputError(
@@ -166,6 +182,9 @@ def _make_plan(
                     f"--compare cannot tell better from worse: it needs more different rewards"
                 )
     train, held = split_records(learnt, config.val_fraction, config.seed)
+    if config.val_fraction and not len(held):
+        message = "nothing can be held out: records of one prompt, group or text stay together"
+        findings.append(Finding("held out", True, message))
     plan = OfflinePlan(
         config=config,
         shape=shape,
@@ -182,6 +201,8 @@ def _make_plan(
     try:
         for settings in plan.settings.values():
             weigh(settings, plan.records)
+        if plan.objective == "dpo":
+            _pairs(plan.records, config)
     except ValueError as error:
         flag = "--target-kl" if config.target_kl is not None else "--target-ess"
         raise UsageError(f"{flag}: {error}") from None
@@ -242,6 +263,18 @@ def weigh(
     return settings.weigh([record.reward for record in records], record_groups(records))
 
 
+def _pairs(records: Sequence[RewardRecord], config: AdvancedConfig) -> np.ndarray:
+    """Raises: InputError where no two records that are compared differ."""
+    rewards = [record.reward for record in records]
+    pairs = preference_pairs(rewards, record_groups(records), config.seed)
+    if not len(pairs):
+        raise InputError(
+            f"{config.offline_data} makes no pairs for --objective dpo: no two records that are "
+            f"compared have different rewards"
+        )
+    return pairs
+
+
 def _content_digest(records: Sequence[RewardRecord]) -> str:
     digest = hashlib.sha256()
     for record in records:
@@ -269,6 +302,7 @@ class _Run:
         models: dict[str, GPT] = {}
         summary: dict[str, Any] = {}
         with RunDirectory(self.path, warn=self.say) as folder:
+            self._begin(folder)
             for name in self.plan.settings:
                 if name == WEIGHTED:
                     model, state, received = self._train(name, folder)
@@ -278,8 +312,7 @@ class _Run:
                     with RunDirectory(below, warn=self.say) as own:
                         model, state, received = self._train(name, own)
                 if received is not None:
-                    if folder.read_identity() is not None:
-                        self._write_report(folder, "interrupted", [])
+                    self._write_report(folder, "interrupted", [])
                     self.say("saved; the same command goes on from here")
                     return self._end(summary | {"status": "interrupted"}, received)
                 models[name] = model
@@ -325,6 +358,21 @@ class _Run:
                 f"WARNING: the weights use {stats.ess:,.0f} of {stats.n:,} records: a larger "
                 f"--beta or --target-ess 0.5 would learn from more of them"
             )
+
+    def _begin(self, folder: RunDirectory) -> None:
+        """Say what the run is before its first model, so that --resume finds it."""
+        config = self.plan.config
+        find_start(config, folder, self.identity)  # refuses another configuration's run
+        if config.resume != "never" and folder.read_identity() is not None:
+            return
+        content = {
+            "identity": self.identity,
+            "choices": self.plan.choices,
+            "kernels": None,
+            "versions": versions(),
+        }
+        folder.begin(content, flags_as_text(config))
+        (folder.path / "comparison.json").unlink(missing_ok=True)
 
     # One model.
 
@@ -378,20 +426,17 @@ class _Run:
         if self.initial is not None and name != BASE:
             reference = copy.deepcopy(self.initial).to(plan.device).eval()
             options["reference"] = reference.requires_grad_(False)
-        if plan.config.objective == "weighted" or name == BASE:
+        if plan.objective == "weighted" or name == BASE:
+            weights, stats = weigh(settings, plan.records)
             if plan.held_out:
-                options["eval_weights"] = weigh(settings, plan.held_out)[0]
-            weights = weigh(settings, plan.records)[0]
+                # A target was met by the beta of what trains; what is held out takes the same.
+                beta = stats.beta if math.isfinite(stats.beta) else settings.beta
+                alike = replace(settings, target_ess=None, target_kl=None, beta=beta)
+                options["eval_weights"] = weigh(alike, plan.held_out)[0]
             return RewardWeightedTrainer(model, settings, examples, weights, **options)
         rewards, held = ([r.reward for r in of] for of in (plan.records, plan.held_out))
-        if plan.config.objective == "dpo":
-            seed = plan.config.seed
-            pairs = preference_pairs(rewards, record_groups(plan.records), seed)
-            if not len(pairs):
-                raise InputError(
-                    f"{plan.config.offline_data} makes no pairs for --objective dpo: no two "
-                    f"records that are compared have different rewards"
-                )
+        if plan.objective == "dpo":
+            pairs, seed = _pairs(plan.records, plan.config), plan.config.seed
             if plan.held_out:
                 options["eval_pairs"] = preference_pairs(held, record_groups(plan.held_out), seed)
             return PreferenceTrainer(model, settings, examples, pairs, **options)
@@ -424,9 +469,17 @@ class _Run:
         self.say(f"fitting the judge on {len(plan.judged):,} other records")
         rewards = [record.reward for record in plan.judged]
         judge = BagOfWordsJudge([r.completion for r in plan.judged], rewards, config.seed)
-        self.judge = asdict(judge.quality)
+        self.judge = _finite(asdict(judge.quality))
         prompts = list(dict.fromkeys(r.prompt for r in plan.judged if r.prompt))
-        longest = max((len(plan.tokenizer.encode(prompt)) for prompt in prompts), default=0)
+        sizes = [len(plan.tokenizer.encode(prompt)) for prompt in prompts]
+        fit = [size <= plan.shape.block_size // 2 for size in sizes]
+        if prompts and not all(fit):
+            self.say(
+                f"note: {fit.count(False):,} of {len(fit):,} prompts fill more than half of the "
+                f"context; samples leave them out"
+            )
+            prompts = [prompt for prompt, fits in zip(prompts, fit, strict=True) if fits]
+        longest = max((size for size, fits in zip(sizes, fit, strict=True) if fits), default=0)
         arms = compare(
             {name: models[name] for name in (PLAIN, WEIGHTED, BEST)},
             judge,
@@ -438,7 +491,7 @@ class _Run:
             prompts=prompts,
             say=self.say,
         )
-        as_dicts = [asdict(arm) for arm in arms]
+        as_dicts = [_finite(asdict(arm)) for arm in arms]
         raw = json.dumps({"judge": self.judge, "arms": as_dicts}, indent=1).encode()
         checkpoint.write_atomically(kept, lambda file: file.write(raw))
         return as_dicts
@@ -492,7 +545,7 @@ class _Run:
     def _end(self, summary: dict[str, Any], received: signal.Signals | None) -> int:
         summary.pop("already", None)
         if self.plan.config.json:
-            print(json.dumps(summary))
+            print(json.dumps(_finite(summary), allow_nan=False))
         return 0 if received is None else EXIT_CODES[received]
 
 
@@ -529,19 +582,26 @@ class _Training:
         bar = TrainingProgress(trainer.total_steps, trainer.progress.step, quiet=config.json)
         with bar, signals_noted() as received:
             bar.say(f"{self.name}: {trainer.total_steps:,} steps")
-            tokens, since = 0, time.monotonic()
+            tokens, skipped, since = 0, 0, time.monotonic()
             while not trainer.finished and not received:
                 step = trainer.step()
                 tokens += step.tokens
                 bar.update(step.step, step.loss, tokens / max(time.monotonic() - since, 1e-9))
+                skipped = skipped + 1 if step.skipped else 0
                 if step.skipped:
                     self._event(bar, f"step {step.step:,} was skipped: its loss was not finite")
+                if skipped >= _DIVERGED_AFTER:
+                    raise NanoGPTError(
+                        f"{skipped} steps in a row had no finite loss and gradient: a smaller "
+                        f"--learning-rate or --dtype float32 may help"
+                    )
                 if step.step % trainer.steps_per_epoch == 0:
                     self._judge(trainer.measure_epoch(), step.learning_rate, bar)
                     self._save(bar)
-            if received and not trainer.finished:
-                self._event(bar, f"{signal.Signals(received[0]).name} ended it early")
-                self._save(bar)
+            if received:
+                if not trainer.finished:
+                    self._event(bar, f"{signal.Signals(received[0]).name} ended it early")
+                    self._save(bar)
                 return self.model, self._state(), signal.Signals(received[0])
         best = self.best if isinstance(self.best, GPT) else checkpoint.load(self.best)[0]
         return best.to(self.run.plan.device).eval(), self._state(), None
@@ -552,10 +612,12 @@ class _Training:
 
     def _judge(self, epoch: EpochMetrics, rate: float, bar: TrainingProgress) -> None:
         """Note the epoch's figures, and whether this is the best model so far."""
-        weighted = self.run.plan.config.objective == "weighted" or self.name == BASE
+        weighted = self.run.plan.objective == "weighted" or self.name == BASE
         val_loss = (epoch.val_nll_weighted if weighted else epoch.val_loss).mean
-        is_best = self.best_val_loss is None or val_loss < self.best_val_loss
-        if is_best or not math.isfinite(val_loss):
+        # Without anything held out the latest model is the best one.
+        judged = self.trainer.eval_examples is not None
+        is_best = not judged or self.best_val_loss is None or val_loss < self.best_val_loss
+        if is_best:
             self.best, self.best_epoch = self.model, epoch.epoch
             self.best_val_loss = val_loss if math.isfinite(val_loss) else None
         row = {
@@ -612,12 +674,13 @@ class _Training:
             bar.say(f"WARNING: the checkpoint of step {step:,} failed: {error.strerror or error}")
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON has no word for become None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def _finite(values: Any) -> Any:
+    """Numbers that JSON has no word for become None, also within lists and dicts."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _table(arms: Sequence[dict[str, Any]]) -> str:
@@ -636,7 +699,7 @@ def _table(arms: Sequence[dict[str, Any]]) -> str:
             interval(arm["reward"]),
             interval(arm["above_plain"]),
             "" if arm["kl_to_plain"] is None else f"{arm['kl_to_plain']['mean']:.2f}",
-            f"{arm['distinct'][1]:.3f}",
+            "" if arm["distinct"][1] is None else f"{arm['distinct'][1]:.3f}",
             interval(arm["nll_high"]),
             interval(arm["nll_low"]),
         ]

@@ -145,7 +145,7 @@ class RunDirectory:
         file = self._journals.get(name)
         if file is None:
             file = self._journals[name] = (self.path / name).open("ab")
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         file.flush()
 
     def journal(self, name: str) -> list[dict[str, Any]]:

@@ -547,12 +547,14 @@ class SelfAlignTrainer:
 
     def _broken(self, number: int, metrics: dict[str, Any]) -> str | None:
         """The limit that a round's result breaks, in a sentence, or None."""
+        change = metrics["val_loss_change"]
+        if not math.isfinite(metrics["kl"]) or not math.isfinite(change or 0.0):
+            return f"round {number} has no finite figures, and is undone: train more gently"
         if metrics["kl"] > self.kl_budget:
             return (
                 f"the KL budget is reached: round {number} went {metrics['kl']:.3g} nats a text "
                 f"away from the base, over {self.kl_budget:.3g}, and is undone"
             )
-        change = metrics["val_loss_change"]
         if change is not None and change > self.config.worst_nll_increase:
             return (
                 f"general text suffers: round {number} predicts it {100 * change:.1f} % worse than "

@@ -34,7 +34,8 @@ class WeightStats:
         fraction_clipped: records whose weight max_weight held down.
         reward_mean, reward_std: of the data; the population's deviation.
         reward_weighted: mean under the weights: what the trained model should write at.
-        soft_value: beta log mean exp(reward / beta); nan without a finite beta.
+        soft_value: beta log mean exp(reward / beta), in the rewards' own unit; nan without a finite
+            beta, and where rewards are scaled by group or ranked.
         frac_reward_zero_std: groups (or 1.0 for the whole) with one reward only.
     """
 
@@ -123,10 +124,10 @@ def reward_weights(
         kl=weights_kl(weights),
         max_share=float(weights.max() / weights.sum()),
         fraction_clipped=clipped,
-        reward_mean=float(r.mean()),
-        reward_std=float(r.std(correction=0)),
-        reward_weighted=float((weights * r).sum() / weights.sum()),
-        soft_value=soft_value(r, used) if math.isfinite(used) else math.nan,
+        reward_mean=float((r / len(r)).sum()),
+        reward_std=float(_deviation(_advantages(r, [torch.arange(len(r))], "none"))),
+        reward_weighted=float((weights / weights.sum() * r).sum()),
+        soft_value=_soft_value(r, used, weighting, scale),
         frac_reward_zero_std=constant,
     )
 
@@ -187,7 +188,11 @@ def solve_beta(
         raise ValueError("give either target_ess or target_kl")
     r = _finite_rewards(rewards)
     centred = _advantages(r, [torch.arange(len(r))], "none")
-    return _solve(lambda beta: _weights(centred, beta, math.inf), target_ess, target_kl)
+    if not bool(centred.any()):
+        raise ValueError("all rewards are equal: no beta changes their weights")
+    unit = float(centred.abs().max())
+    centred = centred / unit
+    return unit * _solve(lambda beta: _weights(centred, beta, math.inf), target_ess, target_kl)
 
 
 @dataclass(frozen=True)
@@ -313,8 +318,10 @@ def _advantages(r: torch.Tensor, members: list[torch.Tensor], scale: str) -> tor
         of_group = r[rows]
         if bool((of_group == of_group[0]).all()):
             continue
-        # Halved first, so that the largest floats cannot overflow in the difference.
-        centred = 2 * (of_group / 2 - (of_group / 2).mean())
+        # Within 1 first, so that sums of the largest floats cannot overflow.
+        largest = of_group.abs().max()
+        shares = of_group / largest
+        centred = (shares - shares.mean()) * largest
         if scale == "group":
             centred = centred / _deviation(centred)
         advantage[rows] = centred
@@ -323,9 +330,20 @@ def _advantages(r: torch.Tensor, members: list[torch.Tensor], scale: str) -> tor
     return advantage
 
 
+def _soft_value(r: torch.Tensor, beta: float, weighting: str, scale: str) -> float:
+    """With the temperature turned into the rewards' unit."""
+    if not math.isfinite(beta) or weighting == "rank" or scale == "group":
+        return math.nan
+    if scale == "std":
+        beta = beta * float(_deviation(_advantages(r, [torch.arange(len(r))], "none")))
+    return soft_value(r, beta) if 0 < beta < math.inf else math.nan
+
+
 def _deviation(centred: torch.Tensor) -> torch.Tensor:
     """Root mean square, safe for the largest and the smallest floats."""
     largest = centred.abs().max()
+    if largest == 0:
+        return largest
     return largest * (centred / largest).square().mean().sqrt()
 
 

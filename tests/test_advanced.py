@@ -193,6 +193,80 @@ def test_halves_of_one_reward_each_are_not_compared(nanogpt, tmp_path):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("target", [["--target-ess", "0.6"], ["--target-kl", "0.2"]])
+def test_a_target_finds_its_beta_with_records_held_out(nanogpt, reward_file, tmp_path, target):
+    done = offline(nanogpt, reward_file, *target, "--epochs", 1, "--output", "w.pth",
+                   "--run-dir", "run", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    stats = json.loads(done.out)["weights"]
+    reached = stats["ess_fraction"] if "ess" in target[0] else stats["kl"]
+    assert reached == pytest.approx(float(target[1]), rel=1e-6)
+    assert metrics(tmp_path / "run")[-1]["val_loss"] > 0
+
+
+def test_training_that_diverges_ends_in_words_and_writes_nothing(nanogpt, reward_file, tmp_path):
+    done = offline(nanogpt, reward_file, "--plain-epochs", 0, "--learning-rate", "1e9",
+                   "--epochs", 20, "--batch-size", 8, "--output", "w.pth")  # fmt: skip
+    assert done.code == 1
+    assert "smaller --learning-rate" in done.err
+    assert not (tmp_path / "w.pth").exists()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_equal_rewards_leave_plain_training_of_any_objective(nanogpt, tmp_path, objective):
+    path = tmp_path / "constant.txt"
+    path.write_text("".join(f"text {n} of {n % 7}|1\n" for n in range(50)))
+    done = offline(nanogpt, path, "--objective", objective, "--epochs", 1, "--output", "w.pth")
+    assert done.code == 0, done.err
+    assert "plain training" in done.err
+    assert (tmp_path / "w.pth").exists()
+
+
+def test_one_prompt_for_all_records_is_said_to_hold_nothing_out(nanogpt, tmp_path):
+    path = tmp_path / "prompt.jsonl"
+    rows = [{"prompt": "Say: ", "completion": f"word {n}", "reward": n % 5} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = offline(nanogpt, path, "--epochs", 1, "--output", "w.pth", "--run-dir", "run")
+    assert done.code == 0, done.err
+    assert "nothing can be held out" in done.err
+    compared = offline(nanogpt, path, "--epochs", 1, "--output", "w.pth", "--compare")
+    assert compared.code == 3
+    assert "cannot be cut into two halves" in compared.err
+
+
+def test_a_run_cut_off_among_its_plain_epochs_is_found_by_resume(
+    nanogpt, reward_file, tmp_path, monkeypatch
+):
+    import os
+    import signal
+
+    from nanogpt.offline_rl import RewardWeightedTrainer
+
+    step = RewardWeightedTrainer.step
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(RewardWeightedTrainer, "step", interrupted)
+    flags = ["--epochs", "1", "--output", "w.pth"]
+    assert offline(nanogpt, reward_file, *flags, "--run-dir", "run").code == 130
+    monkeypatch.setattr(RewardWeightedTrainer, "step", step)
+    done = offline(nanogpt, reward_file, *flags, "--resume", "run")
+    assert done.code == 0, done.err
+    assert (tmp_path / "w.pth").exists()
+
+
+def test_refused_terms_leave_no_run_behind(nanogpt, model_file, text_file, tmp_path):
+    flags = ["--init", model_file, "--anchor-text", text_file, "--output", "al.pth",
+             "--run-dir", "run", "--rounds", "1", "--num-generations", "16",
+             "--max-completion-length", "8", "--epochs", "1"]  # fmt: skip
+    refused = nanogpt("advanced", "--align-terms", "is,€uro", *flags)
+    assert refused.code == 3
+    assert not (tmp_path / "run").exists()
+    assert nanogpt("advanced", "--align-terms", "is", *flags).code == 0
+
+
 def test_json_prints_one_object(nanogpt, reward_file):
     done = offline(
         nanogpt, reward_file, "--epochs", 1, "--output", "w.pth", "--run-dir", "run", "--json"
@@ -240,6 +314,8 @@ def test_a_bad_reward_file_is_refused_by_line(nanogpt, tmp_path, content, messag
         (["--max-weight", "0.5"], 2, "--max-weight must be at least 1"),
         (["--init", "nowhere.pth"], 3, "there is no model file nowhere.pth"),
         (["--output", "model.bin"], 2, "ends in"),
+        (["--rounds", "2"], 2, "--rounds is of --align-terms"),
+        (["--weighting", "topk", "--target-kl", "0.1"], 2, "has no beta"),
         (["--n-embd", "15"], 2, "n_embd"),
     ],
 )

@@ -62,8 +62,8 @@ def test_samples_do_not_depend_on_their_batch():
 def test_the_kl_of_texts_is_zero_for_one_model_and_exact_in_the_mean():
     model, other = small_model(0, scale=20), small_model(1, scale=20)
     starts, new = write_samples(model, 400, 3, seed=0)
-    assert float(sequence_kl(model, model, starts, new).abs().max()) < 1e-6
-    kl = Estimate.of(sequence_kl(model, other, starts, new))
+    assert float(sequence_kl(model, model, starts, new, 3).abs().max()) < 1e-6
+    kl = Estimate.of(sequence_kl(model, other, starts, new, 3))
     # By enumeration of every text of at most three tokens.
     end, exact = model.tokenizer.end_of_text_id, 0.0
     frontier = [([end], 0.0)]

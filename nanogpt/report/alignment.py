@@ -224,7 +224,7 @@ def _comparison_table(run: OfflineReport) -> Part | None:
             _interval(arm["reward"]),
             _interval(arm["above_plain"]),
             _interval(arm["kl_to_plain"], 2),
-            " ".join(f"{share:.3f}" for share in arm["distinct"]),
+            " ".join("–" if share is None else f"{share:.3f}" for share in arm["distinct"]),
             f"{arm['length']:.0f}",
         ]
         for arm in run.arms
