@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +187,7 @@ def run(config: CalibrateConfig) -> int:
     if config.output is not None:
         checkpoint.check_output(output)
     if config.report is not None:
-        _check_report(Path(config.report))
+        _check_report(Path(config.report), [config.model, output, *config.text])
     device = machine.resolve_device(config.device)
     machine.set_threads(config.threads)
     with terminable():
@@ -204,7 +204,13 @@ def run(config: CalibrateConfig) -> int:
         if corpus.n_tokens < 2:
             raise InputError(f"{corpus.name} is too short: one token leaves nothing to predict")
         notes: list[str] = []
-        outcome = _calibrate(model, corpus, config, say, notes)
+        try:
+            outcome = _calibrate(model, corpus, config, say, notes)
+        except ValueError as error:
+            raise InputError(f"{config.model} cannot be calibrated: {error}") from None
+        difference = outcome.difference
+        if outcome.held_out and difference.interval[0] > 0:
+            notes.append("on text that it was not fitted to, this temperature is worse than none")
         _adopt(model, outcome)
         content = _as_json(config, output, corpus, outcome, notes)
         page = _page(config, corpus, outcome, content)
@@ -406,8 +412,10 @@ def _output_path(config: CalibrateConfig) -> Path:
     return model.with_name(f"{model.stem}-calibrated{model.suffix}")
 
 
-def _check_report(path: Path) -> None:
-    """Raises: UsageError where --report could not be written at the end."""
+def _check_report(path: Path, others: Sequence[str | Path]) -> None:
+    """Raises: UsageError where --report could not be written, or is one of the other files."""
+    if any(path.resolve() == Path(other).resolve() for other in others if other != "-"):
+        raise UsageError(f"--report {path} is also --model, --text or --output: name another file")
     if path.exists() and not path.is_file():
         raise UsageError(f"--report {path} exists and is not a file")
     checkpoint.check_writable(path, "--report")

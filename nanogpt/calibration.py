@@ -33,7 +33,7 @@ _NARROWEST = 4e-16
 # Distances of the next points from the estimated root, as shares of the way to the bracket's ends.
 _LADDER = (1 / 64, 1 / 64**2, 1 / 64**3)
 _CONFIDENT = 1.959963984540054  # standard deviations of a two-sided 95 % interval
-_MOST_RESAMPLED_GROUPS = 2000
+_LEAST_RESAMPLED_GROUPS, _MOST_RESAMPLED_GROUPS = 8, 2000
 _CURVE_POINTS = 200
 
 
@@ -52,8 +52,9 @@ class TemperatureScaler:
             infinite where T ended at a bound or the data do not determine it.
         nll_before_, nll_after_: mean NLL in nats at T = 1 and at T; never higher after.
         n_tokens_: N, what counted.
-        bound_: "lower" or "upper" where the likelihood has no minimum inside the range: every
-            token is the likeliest one, or the model is worse than chance.
+        bound_: "lower" or "upper" where the best temperature lies at or beyond the range's end: the
+            logits are far too small or too large, every token is the likeliest one, or the model is
+            worse than chance.
         passes_: passes over the data.
     Source: Guo et al. 2017, On calibration of modern neural networks (arXiv:1706.04599); Liang and
         Zeger 1986 for the sum over groups.
@@ -166,13 +167,15 @@ class TemperatureScaler:
         if self.bound_ == "lower":
             warnings.warn(
                 f"the temperature ended at its lower bound, {shown}: on these {self.n_tokens_:,} "
-                f"tokens the likeliest token is always the right one",
+                f"tokens the likelihood still rises towards smaller ones, as it does where the "
+                f"likeliest token is always the right one",
                 stacklevel=3,
             )
         elif self.bound_ == "upper":
             warnings.warn(
                 f"the temperature ended at its upper bound, {shown}: on these "
-                f"{self.n_tokens_:,} tokens the logits say less than nothing",
+                f"{self.n_tokens_:,} tokens the likelihood still rises towards larger ones, as it "
+                f"does where the logits say less than nothing",
                 stacklevel=3,
             )
         if self.n_tokens_ < FEW_TOKENS:
@@ -854,6 +857,8 @@ def _ece_interval(
             raise ValueError(f"groups {tuple(groups.shape)} must be as many as the tokens")
         unit = torch.unique(groups.cpu(), return_inverse=True)[1]
     units = int(unit.max()) + 1
+    if units < _LEAST_RESAMPLED_GROUPS:  # too few to know their spread: tokens stand for themselves
+        unit, units = torch.arange(count), count
     if units > _MOST_RESAMPLED_GROUPS:
         unit, units = unit * _MOST_RESAMPLED_GROUPS // units, _MOST_RESAMPLED_GROUPS
     cells = torch.bincount(unit * n_bins + at, weights=excess, minlength=units * n_bins)

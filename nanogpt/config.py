@@ -542,6 +542,7 @@ class SampleConfig:
         "texts carried along for one whose whole reward counts (sequential Monte Carlo, in torch)",
         group="rewards",
         minimum=1,
+        maximum=4096,
     )
 
     confidence: bool = option(

@@ -327,7 +327,15 @@ class GPT(nn.Module):
                 )
         stored = content.get("tokenizer")
         self.tokenizer = None if stored is None else tokenizer_from_dict(stored)
-        self.calibration_temperature = content.get("calibration_temperature")
+        temperature, calibration = (
+            content.get(name) for name in ("calibration_temperature", "calibration")
+        )
+        usable = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if temperature is not None and not (usable and 1e-6 <= temperature <= 1e6):
+            raise InputError(f"the calibration temperature {temperature!r} is not above 0")
+        if calibration is not None and not isinstance(calibration, dict):
+            raise InputError("the record of the calibration is damaged")
+        self.calibration_temperature = temperature
         self.calibration = content.get("calibration")  # files of earlier versions have none
 
     def _before_load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -380,7 +380,10 @@ class _Tilting:
     def _rewards(self, kept: torch.Tensor) -> torch.Tensor:
         """(B, V) float64, step rewards of what is kept; 0 for rows that have ended."""
         if self._vector is not None:
-            return self._vector.expand(len(kept), -1)
+            if self.active is None:
+                return self._vector.expand(len(kept), -1)
+            going = self._vector.expand(len(self.active), -1)
+            return torch.zeros_like(kept).index_copy_(0, self.active, going)
         assert self._state is not None
         state, of_active = self._state, self._of_active(kept)
         if self.reward.scores_all:

@@ -132,6 +132,7 @@ class RewardModel(PrefixReward):
         self.low, self.high, self.two_valued = low, high, two_valued
         self.mean, self.deviation, self.quality = mean, deviation, quality
         self.weights_sha256 = weights_sha256 or weights_digest(model)
+        self._seen = _versions(model)
 
     def predicted(self, f: torch.Tensor) -> torch.Tensor:
         """Rewards, float64, from the head's values."""
@@ -141,7 +142,9 @@ class RewardModel(PrefixReward):
         return (self.mean + self.deviation * f).clamp(self.low, self.high)
 
     def check_model(self, model: Any) -> None:
-        if model is not self.model and weights_digest(model) != self.weights_sha256:
+        if model is self.model and _versions(model) == self._seen:
+            return
+        if weights_digest(model) != self.weights_sha256:
             raise ValueError("the reward model was fitted on other weights than this model's")
 
     def begin(self, prompt: torch.Tensor) -> RewardState:
@@ -465,9 +468,18 @@ def _constant(fitted: RewardModel) -> RewardModel:
     head = RewardHead(fitted.model.config.n_embd, fitted.model.config.vocab_size)
     if fitted.two_valued:  # for least squares it is zero already
         share = (fitted.mean - fitted.low) / (fitted.high - fitted.low)
+        share = min(max(share, 1e-6), 1 - 1e-6)  # one of the two may be held out as a whole
         head.offset.data.fill_(math.log(share) - math.log1p(-share))
     plain = {name: getattr(fitted, name) for name in _PLAIN}
     return RewardModel(fitted.model, head.to(fitted.model.token_weight.device), **plain)
+
+
+def _versions(model: GPT) -> list[tuple[int, int]]:
+    """Where the weights are and how often they have changed, as torch counts it."""
+    return [
+        (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        for weight in model.parameters()
+    ]
 
 
 def weights_digest(model: GPT) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from nanogpt import native
 from nanogpt.errors import InputError
@@ -204,13 +205,14 @@ class TokenReward(Reward):
 
 
 class _FixedState(RewardState):
-    """The same rewards at every step."""
+    """The same rewards at every step; 0 for ids beyond the vector."""
 
     def __init__(self, vector: torch.Tensor) -> None:
         self.vector = vector
+        self._table = torch.cat([vector, vector.new_zeros(1)])
 
     def candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
-        return self.vector if ids is None else self.vector[ids]
+        return self.vector if ids is None else self._table[ids.clamp(max=len(self.vector))]
 
     def advance(self, tokens: torch.Tensor) -> None:
         pass
@@ -989,7 +991,9 @@ class CombinedReward(Reward):
         self.reads_hidden = any(reward.reads_hidden for reward, _ in self.parts)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.stack([weight * reward(tokens) for reward, weight in self.parts]).sum(0)
+        # A part of weight 0 counts nothing: 0 times -inf is no number.
+        parts = [weight * reward(tokens) for reward, weight in self.parts if weight]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(len(tokens))
 
     def check_model(self, model: Any) -> None:
         for reward, _ in self.parts:
@@ -1005,7 +1009,8 @@ class CombinedReward(Reward):
     def totals(
         self, prompt: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        return torch.stack([w * r.totals(prompt, new, lengths) for r, w in self.parts]).sum(0)
+        parts = [w * r.totals(prompt, new, lengths) for r, w in self.parts if w]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(len(new), dtype=torch.float64)
 
 
 class _CombinedState(RewardState):
@@ -1021,6 +1026,9 @@ class _CombinedState(RewardState):
         rewards = [weight * state.candidates(ids) for state, weight in self.parts if weight]
         if not rewards:
             return 0.0 * self.parts[0][0].candidates(ids)
+        # Rewards by id may know fewer ids than the model has; the others earn 0.
+        widest = max(part.shape[-1] for part in rewards)
+        rewards = [F.pad(part, (0, widest - part.shape[-1])) for part in rewards]
         return functools.reduce(torch.add, rewards)
 
     def advance(self, tokens: torch.Tensor) -> None:

@@ -218,6 +218,8 @@ class Text:
         drawn: the new tokens.
         low: indices of those below --min-confidence, which are marked.
         refused: the token below it that ended the text, which is none of `drawn`.
+        ending: the end-of-text token that ended it, which is none of `drawn` either; its reward
+            counts.
         log_z: of a text of particles, the estimate for the whole reward; else None.
     """
 
@@ -225,6 +227,7 @@ class Text:
         self.drawn: list[Drawn] = []
         self.low: list[int] = []
         self.refused: Drawn | None = None
+        self.ending: Drawn | None = None
         self.log_z: float | None = None
         self._writer = writer
         self._steps: Iterable[Drawn]
@@ -242,6 +245,7 @@ class Text:
         unlikeliest, low = 1.0, False  # of the tokens since the last whole character
         for step in self._steps:
             if step.token == writer.tokenizer.end_of_text_id and not config.ignore_eos:
+                self.ending = step
                 break
             probability = 1.0 if step.probability is None else step.probability
             if probability < least and config.low_confidence != "mark":
@@ -342,6 +346,8 @@ def _load(
         raise UsageError(f"--engine native: {reason}")
     model, tokenizer = _read_model(config.model, "cpu" if reason is None else device)
     calibration = Calibration(model.calibration_temperature, model.calibration_is_stale)
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise InputError(f"{config.model} holds weights that are not finite, so it cannot write")
     if reason is None:
         return native.engine_for(model, config.threads or 0), tokenizer, calibration
     if config.kernels == "triton":
@@ -513,10 +519,15 @@ def _as_json(writer: Writer, text: Text) -> dict[str, Any]:
         "token_probs": [step.probability for step in drawn],
     }
     if writer.reward is not None:
-        known["reward"] = math.fsum(step.reward or 0.0 for step in drawn)
-        known["kl"] = math.fsum(step.kl or 0.0 for step in drawn)
-        steps = math.fsum(step.log_z or 0.0 for step in drawn)
-        known["log_z"] = steps if text.log_z is None else text.log_z
+        taken = drawn if text.ending is None else [*drawn, text.ending]
+        sums = {
+            "reward": sum(step.reward or 0.0 for step in taken),
+            "kl": sum(step.kl or 0.0 for step in taken),
+            "log_z": sum(step.log_z or 0.0 for step in taken),
+        }
+        if text.log_z is not None:
+            sums["log_z"] = text.log_z
+        known |= {name: v if math.isfinite(v) else None for name, v in sums.items()}
     if config.confidence:
         mean = confidence.mean_log([step.probability or 0.0 for step in drawn]) if drawn else None
         known["mean_log_prob"] = mean if mean is not None and math.isfinite(mean) else None

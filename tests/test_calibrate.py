@@ -538,3 +538,29 @@ def test_a_byte_model_reads_any_text(nanogpt, tmp_path):
     )
     assert outcome.code == 0, outcome.err
     assert load(tmp_path / "bytes-calibrated.safetensors")[0].calibration_temperature is not None
+
+
+def test_a_report_never_overwrites_what_the_command_reads_or_writes(
+    calibrate, model_path, text_path, tmp_path
+):
+    output = tmp_path / "calibrated.pth"
+    before = model_path.read_bytes(), text_path.read_bytes()
+    for path in (model_path, text_path, output):
+        done = calibrate("--output", output, "--report", path)
+        assert done.code == 2
+        assert "name another file" in done.err
+    assert (model_path.read_bytes(), text_path.read_bytes()) == before
+    assert not output.exists()
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(nanogpt, text_path, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.token_weight.fill_(math.nan)
+    checkpoint.save(model, tmp_path / "nan.pth")
+    done = nanogpt("calibrate", "--model", tmp_path / "nan.pth", "--text", text_path)
+    assert done.code == 3
+    assert "cannot be calibrated" in done.err
+    written = nanogpt("sample", "--model", tmp_path / "nan.pth", "--engine", "torch")
+    assert written.code == 3
+    assert "not finite" in written.err

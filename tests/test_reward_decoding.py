@@ -895,3 +895,43 @@ def test_transformers_generates_with_the_processor():
         # beta here = beta there / T: 4 to their 2.
         expected = logits / 0.5 + 4.0 * reward.token_rewards(29).float()
         assert torch.allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+def test_a_reward_by_ids_may_know_fewer_ids_than_the_model(model, particles):
+    """char_reward_fn(["g"], stoi) beside terms, after a prompt of low ids."""
+    by_ids = char_reward_fn(["g"], {"g": LETTERS.stoi["g"]})
+    by_tokenizer = char_reward_fn("g", LETTERS)
+    terms = term_reward_fn(["gene", "egg"], LETTERS)
+    prompt = torch.tensor([[0, 1, 2]])
+    texts = [
+        generate_reward_augmented(
+            model, prompt, 12, combine([(part, 0.5), (terms, 1.0)]), 3.0, seed=2,
+            num_particles=particles,
+        )
+        for part in (by_ids, by_tokenizer)
+    ]  # fmt: skip
+    assert torch.equal(*texts)
+
+
+def test_b15_a_row_that_has_ended_cannot_be_left_without_tokens():
+    """What an ended row would go on to write may be forbidden: nobody is asked for it."""
+    # 0 -> 1 (the end) -> 2, which is forbidden; 3 -> 3 for ever.
+    chain = [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+    model = FixedModel([[float(p) for p in row] for row in chain])
+    forbids = TokenReward({2: -math.inf})
+    both = generate_reward_augmented(
+        model, torch.tensor([[0], [3]]), 3, forbids, 1.0, eos_token_id=1, seed=0, use_cache=False
+    )
+    assert both.tolist() == [[0, 1, 1, 1], [3, 3, 3, 3]]
+    with pytest.raises(ValueError, match="forbids every token"):
+        generate_reward_augmented(
+            model, torch.tensor([[0], [3]]), 3, forbids, 1.0, seed=0, use_cache=False
+        )
+
+
+def test_a_part_of_weight_0_counts_nothing():
+    both = combine([(TokenReward({1: -math.inf}), 0.0), (TokenReward({1: 2.0}), 1.0)])
+    tokens = torch.tensor([[0, 1]])
+    assert both(tokens).tolist() == [2.0]
+    assert both.totals(tokens[:, :1], tokens[:, 1:], torch.tensor([1])).tolist() == [2.0]

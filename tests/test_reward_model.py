@@ -320,3 +320,20 @@ def test_a_logits_processor_cannot_show_it_hidden_states(fitted):
         RewardAugmentedLogitsProcessor(fitted, 1.0)
     with pytest.raises(ValueError, match="two ids at least"):
         fitted(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_weights_that_have_moved_are_noticed_in_memory():
+    own = gpt()
+    reward = fit_reward_model(own, [(text, share(text)) for text in texts_of(0, 40)], epochs=1)
+    tokens = torch.tensor([[1, 2]])
+    own.generate_reward_augmented(tokens, 2, reward, 1.0)
+    with torch.no_grad():
+        own.token_weight.add_(0.1)
+    with pytest.raises(ValueError, match="other weights"):
+        own.generate_reward_augmented(tokens, 2, reward, 1.0)
+
+
+def test_a_rare_value_that_is_held_out_as_a_whole_is_no_error():
+    own, rare = gpt(), [(text, 0.0) for text in texts_of(0, 20)]
+    for seed in range(8):
+        fit_reward_model(own, [*rare, ("aa", 1.0)], epochs=1, seed=seed)

@@ -649,3 +649,30 @@ def test_instructions_that_do_not_exist_are_refused_in_a_sentence(
     assert "NANOGPT_ISA=mmx is not one of" in outcome.err
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_the_end_of_a_text_counts_in_its_reward_and_kl(nanogpt, tmp_path):
+    """The sums are those of the library, whose last step draws the end-of-text token."""
+    torch.manual_seed(1)
+    tokenizer = CharTokenizer("ab ")
+    model = GPT(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=1, n_embd=8)
+    with torch.no_grad():
+        model.token_weight.mul_(20)
+    model.tokenizer = tokenizer
+    checkpoint.save(model, tmp_path / "m.pth")
+    done = nanogpt("sample", "--model", tmp_path / "m.pth", "--reward-terms", "a,b", "--beta", 2,
+                   "--no-ignore-eos", "--engine", "torch", "--seed", 1, "--num-samples", 6,
+                   "--max-new-tokens", 12, "--prompt", "a", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    samples = json.loads(done.out)["samples"]
+    ended = 0
+    for row, told in enumerate(samples):
+        details = model.generate_reward_augmented(
+            torch.tensor([tokenizer.encode("a")]), 12, term_reward_fn(["a", "b"], tokenizer), 2.0,
+            seed=1, first_row=row, eos_token_id=tokenizer.end_of_text_id, return_details=True,
+        )  # fmt: skip
+        ended += len(told["tokens"]) < int(details.lengths)
+        assert told["reward"] == pytest.approx(float(details.rewards.sum()))
+        assert told["kl"] == pytest.approx(float(details.kl.sum()))
+        assert told["log_z"] == pytest.approx(float(details.log_z))
+    assert ended
