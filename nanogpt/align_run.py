@@ -6,7 +6,6 @@ model has learnt their domain or the other terms by heart.
 
 import hashlib
 import json
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from nanogpt.model import GPT
 from nanogpt.plan import choose_kernels, find_start, make_identity, run_path
 from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
-from nanogpt.run_directory import RunDirectory
+from nanogpt.run_directory import RunDirectory, json_ready
 from nanogpt.self_align import (
     FitConfig,
     SelfAlignConfig,
@@ -157,14 +156,6 @@ def _nothing(message: str) -> None:
     pass
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON has no word for become None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-
-
 class _Run:
     """Rounds and what they leave."""
 
@@ -207,7 +198,7 @@ class _Run:
                 "status": "finished",
                 "stopped": trainer.stopped,
                 "round": kept,
-                "rounds": [_finite(row) for row in trainer.rounds],
+                "rounds": [json_ready(row) for row in trainer.rounds],
                 "terms": self.terms,
                 "held_out_terms": self.held_out,
                 "output": str(output),
@@ -226,7 +217,7 @@ class _Run:
         if row["round"] <= self.told:
             return
         self.told = row["round"]
-        self.folder.append("metrics.jsonl", _finite({**row, "step": row["round"]}))
+        self.folder.append("metrics.jsonl", json_ready({**row, "step": row["round"]}))
         name = "the base" if row["round"] == 0 else f"round {row['round']}"
         change = "" if row.get("val_loss") is None else f", general text {row['val_loss']:.4f} nats"
         self.say(

@@ -18,7 +18,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from nanogpt.config import CalibrateConfig
 from nanogpt.data import Corpus, gather, prepare, validation_windows
 from nanogpt.errors import InputError, UsageError
 from nanogpt.interruption import terminable
-from nanogpt.model import GPT
+from nanogpt.model import GPT, evaluating
 from nanogpt.report.calibration import CalibrationPage, comparison, render_calibration_report
 
 _LOGIT_BYTES = 64 * 2**20
@@ -121,17 +120,6 @@ def split_windows(windows: Windows, seed: int) -> tuple[Windows, Windows]:
         Windows(windows.tokens, windows.starts[chosen], windows.lengths[chosen])
         for chosen in (is_first, ~is_first)
     )
-
-
-@contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """Evaluation mode, without dropout, and back to the mode it had."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def fit_model(

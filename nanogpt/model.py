@@ -4,7 +4,8 @@ Dimensions: B batch, T positions, H heads, D head width, C = H*D model width, V 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -355,6 +356,17 @@ class GPT(nn.Module):
                 f"this state dict is damaged or was changed: {problem} "
                 f"(changed on purpose? then delete its {metadata.KEY!r})"
             )
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Evaluation mode, without dropout, and back to the mode it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _unpack(state: torch.Tensor) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from nanogpt.reward_data import (
     read_reward_data,
     record_groups,
 )
-from nanogpt.run_directory import Checkpoint, RunDirectory
+from nanogpt.run_directory import Checkpoint, RunDirectory, json_ready
 from nanogpt.tilt import WeightStats
 from nanogpt.tokenizer import (
     BPETokenizer,
@@ -469,7 +469,7 @@ class _Run:
         self.say(f"fitting the judge on {len(plan.judged):,} other records")
         rewards = [record.reward for record in plan.judged]
         judge = BagOfWordsJudge([r.completion for r in plan.judged], rewards, config.seed)
-        self.judge = _finite(asdict(judge.quality))
+        self.judge = json_ready(asdict(judge.quality))
         prompts = list(dict.fromkeys(r.prompt for r in plan.judged if r.prompt))
         sizes = [len(plan.tokenizer.encode(prompt)) for prompt in prompts]
         fit = [size <= plan.shape.block_size // 2 for size in sizes]
@@ -491,7 +491,7 @@ class _Run:
             prompts=prompts,
             say=self.say,
         )
-        as_dicts = [_finite(asdict(arm)) for arm in arms]
+        as_dicts = [json_ready(asdict(arm)) for arm in arms]
         raw = json.dumps({"judge": self.judge, "arms": as_dicts}, indent=1).encode()
         checkpoint.write_atomically(kept, lambda file: file.write(raw))
         return as_dicts
@@ -535,7 +535,7 @@ class _Run:
             "steps": state["trainer_step"],
             "best_epoch": state["best_epoch"],
             "val_loss": state["best_val_loss"],
-            "weights": None if self.stats is None else _finite(asdict(self.stats)),
+            "weights": None if self.stats is None else json_ready(asdict(self.stats)),
             "findings": [asdict(finding) for finding in self.plan.findings],
             "output": str(self.output),
             "run_dir": str(folder.path),
@@ -545,7 +545,7 @@ class _Run:
     def _end(self, summary: dict[str, Any], received: signal.Signals | None) -> int:
         summary.pop("already", None)
         if self.plan.config.json:
-            print(json.dumps(_finite(summary), allow_nan=False))
+            print(json.dumps(json_ready(summary), allow_nan=False))
         return 0 if received is None else EXIT_CODES[received]
 
 
@@ -634,7 +634,7 @@ class _Training:
             "learning_rate": rate,
             "seconds": self._seconds,
         }
-        self.folder.append("metrics.jsonl", _finite(row))
+        self.folder.append("metrics.jsonl", json_ready(row))
         shown = [f"loss {epoch.loss:.4f}"]
         for value, text in (
             (val_loss, "held out {:.4f}"),
@@ -672,15 +672,6 @@ class _Training:
             if self.best is self.model:
                 self.best = copy.deepcopy(self.model)
             bar.say(f"WARNING: the checkpoint of step {step:,} failed: {error.strerror or error}")
-
-
-def _finite(values: Any) -> Any:
-    """Numbers that JSON has no word for become None, also within lists and dicts."""
-    if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _table(arms: Sequence[dict[str, Any]]) -> str:

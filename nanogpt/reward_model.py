@@ -10,7 +10,6 @@ cost one small matrix product, and no second pass. It is fitted on every prefix 
 because a model of finished texts alone knows nothing of beginnings.
 """
 
-import contextlib
 import hashlib
 import math
 import os
@@ -31,7 +30,7 @@ from nanogpt.checkpoint import write_atomically
 from nanogpt.decoding import window_start
 from nanogpt.errors import InputError, UsageError
 from nanogpt.judge import auroc, correlation
-from nanogpt.model import GPT
+from nanogpt.model import GPT, evaluating
 from nanogpt.records import IGNORED, Examples, encode_records, split_records
 from nanogpt.reward_data import RewardRecord
 from nanogpt.rewards import PrefixReward, RewardState
@@ -486,17 +485,6 @@ def weights_digest(model: GPT) -> str:
     """SHA-256 (hex) of a model's weights, as its file has it."""
     tensors = {k: v for k, v in model.state_dict().items() if k != metadata.KEY}
     return metadata.tensor_digest(tensors)
-
-
-@contextlib.contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """The model in evaluation mode, and back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _tokenizer(model: GPT) -> Tokenizer:

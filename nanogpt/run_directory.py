@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -248,6 +249,15 @@ class RunDirectory:
                 f"the disk of {self.path} is full: the checkpoints need about "
                 f"{needed_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
             )
+
+
+def json_ready(values: Any) -> Any:
+    """The same values, but None for numbers that JSON has no word for, at any depth."""
+    if isinstance(values, dict):
+        return {name: json_ready(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [json_ready(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _write_best(best: GPT | Path, model: GPT, folder: Path) -> None:
