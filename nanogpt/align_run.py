@@ -177,7 +177,13 @@ class _Run:
         while trainer.stopped is None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", RuntimeWarning)
-                trainer.step()
+                try:
+                    trainer.step()
+                except (KeyboardInterrupt, SystemExit):
+                    number = len(trainer.rounds)
+                    done = f"saved after round {number - 1}" if number else "nothing was done yet"
+                    self.say(f"{done}; the same command goes on from here")
+                    raise
             for warning in caught:
                 self.say(f"WARNING: {str(warning.message).replace('distil_beta', '--distil-beta')}")
             if trainer.stopped is None or trainer.rounds[-1]["round"] > self.told:

@@ -257,6 +257,37 @@ def test_a_run_cut_off_among_its_plain_epochs_is_found_by_resume(
     assert (tmp_path / "w.pth").exists()
 
 
+def test_an_interrupted_alignment_goes_on_after_its_last_round(
+    nanogpt, model_file, text_file, tmp_path, monkeypatch
+):
+    from nanogpt.self_align import SelfAlignTrainer
+
+    def align(name):
+        return nanogpt("advanced", "--align-terms", "1,2,3,is", "--init", model_file,
+                       "--anchor-text", text_file, "--rounds", "2", "--num-generations", "48",
+                       "--max-completion-length", "16", "--epochs", "1", "--kl-budget", "100",
+                       "--output", f"{name}.pth", "--run-dir", name)  # fmt: skip
+
+    assert align("whole").code == 0
+    step = SelfAlignTrainer.step
+
+    def interrupted(self):
+        if len(self.rounds) == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(SelfAlignTrainer, "step", interrupted)
+    cut = align("cut")
+    assert cut.code == 130
+    assert "saved after round 1" in cut.err
+    monkeypatch.setattr(SelfAlignTrainer, "step", step)
+    rest = align("cut")
+    assert rest.code == 0
+    assert "going on after round 1" in rest.err
+    assert (tmp_path / "whole.pth").read_bytes() == (tmp_path / "cut.pth").read_bytes()
+    assert len(metrics(tmp_path / "cut")) == len(metrics(tmp_path / "whole"))
+
+
 def test_refused_terms_leave_no_run_behind(nanogpt, model_file, text_file, tmp_path):
     flags = ["--init", model_file, "--anchor-text", text_file, "--output", "al.pth",
              "--run-dir", "run", "--rounds", "1", "--num-generations", "16",
@@ -350,13 +381,13 @@ def test_a_text_that_the_model_cannot_spell_is_refused_by_line(nanogpt, reward_f
 
 
 def test_terms_are_aligned_with_and_reported(nanogpt, model_file, text_file, tmp_path):
-    flags = ["--align-terms", "is 12,is 24,times 7", "--init", model_file, "--anchor-text",
+    flags = ["--align-terms", "1,2,3,is", "--init", model_file, "--anchor-text",
              text_file, "--rounds", "2", "--num-generations", "48", "--max-completion-length",
              "16", "--epochs", "1", "--kl-budget", "100", "--output", "al.pth",
              "--run-dir", "run"]  # fmt: skip
     done = nanogpt("advanced", *flags)
     assert done.code == 0, done.err
-    assert "2 to learn, 1 held out" in done.err
+    assert "3 to learn, 1 held out" in done.err
     assert "stopped: " in done.err
     load(tmp_path / "al.pth")
     rounds = metrics(tmp_path / "run")
