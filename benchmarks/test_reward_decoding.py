@@ -48,7 +48,7 @@ def test_reward_decoding(benchmark, record, name, kind, engine):
     times = median_seconds({"ours": rewarded, "without rewards": plain}, rounds=5)
     benchmark.pedantic(rewarded, rounds=3)
     record(
-        "reward decoding",
+        "reward-decoding",
         {"model": name, "reward": kind, "engine": engine, "tokens": count},
         "float32",
         times["ours"] / count,
