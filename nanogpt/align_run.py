@@ -57,7 +57,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
     name = f"{Path(config.init or 'gpt').stem}-aligned"
     output = Path(config.output)
     # Before anything is written: a term that cannot be spelled, or too short a text, is refused.
-    _make_trainer(config, initial.to(device), terms, anchor, dtype, _nothing)
+    trainer = _make_trainer(config, initial.to(device), terms, anchor, dtype, say)
     with RunDirectory(run_path(config, name, initial.config, identity), warn=say) as folder:
         start = find_start(config, folder, identity)
         picked, why = choose_kernels(
@@ -75,8 +75,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
             folder.check_space(4 * 4 * 4 * initial.config.n_parameters())
             folder.begin(content, flags_as_text(config))
         run = _Run(config, folder, terms, choices, say)
-        model = initial.set_kernels(picked)
-        trainer = _make_trainer(config, model, terms, anchor, dtype, say)
+        initial.set_kernels(picked)
         say(f"terms: {len(run.terms)} to learn, {len(run.held_out)} held out for judging")
         if start is not None:
             folder.cut_journals(start.state["journals"])
@@ -150,10 +149,6 @@ def _make_trainer(
         )
     except ValueError as error:
         raise InputError(f"--align-terms: {error}") from None
-
-
-def _nothing(message: str) -> None:
-    pass
 
 
 class _Run:

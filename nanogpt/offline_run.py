@@ -292,7 +292,6 @@ class _Run:
         self.plan, self.initial, self.path = plan, initial, path
         self.identity, self.say = identity, say
         self.output = Path(plan.config.output)
-        self.started = time.monotonic()
         self.stats: WeightStats | None = None
         self.weights: list[float] = []
 
