@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from nanogpt.rewards import TokenReward as TokenReward
     from nanogpt.rewards import char_reward_fn as char_reward_fn
     from nanogpt.rewards import combine as combine
-    from nanogpt.rewards import domain_term_reward as domain_term_reward
     from nanogpt.rewards import ids_reward_fn as ids_reward_fn
-    from nanogpt.rewards import repetition_penalty_reward as repetition_penalty_reward
-    from nanogpt.rewards import soft_overlong_punishment as soft_overlong_punishment
     from nanogpt.rewards import term_reward_fn as term_reward_fn
     from nanogpt.rewards import text_reward_fn as text_reward_fn
+    from nanogpt.text_rewards import domain_term_reward as domain_term_reward
+    from nanogpt.text_rewards import repetition_penalty_reward as repetition_penalty_reward
+    from nanogpt.text_rewards import soft_overlong_punishment as soft_overlong_punishment
 
 __version__ = "0.1.0"
 
@@ -38,13 +38,13 @@ _HOMES = {
     "best_of_n": "nanogpt.reward_decoding",
     "char_reward_fn": "nanogpt.rewards",
     "combine": "nanogpt.rewards",
-    "domain_term_reward": "nanogpt.rewards",
+    "domain_term_reward": "nanogpt.text_rewards",
     "fit_reward_model": "nanogpt.reward_model",
     "ids_reward_fn": "nanogpt.rewards",
     "load": "nanogpt.checkpoint",
-    "repetition_penalty_reward": "nanogpt.rewards",
+    "repetition_penalty_reward": "nanogpt.text_rewards",
     "save": "nanogpt.checkpoint",
-    "soft_overlong_punishment": "nanogpt.rewards",
+    "soft_overlong_punishment": "nanogpt.text_rewards",
     "term_reward_fn": "nanogpt.rewards",
     "text_reward_fn": "nanogpt.rewards",
 }

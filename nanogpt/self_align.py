@@ -36,9 +36,6 @@ from nanogpt.records import Examples
 from nanogpt.reward_decoding import generate_reward_augmented
 from nanogpt.rewards import (
     combine,
-    domain_term_reward,
-    repetition_penalty_reward,
-    soft_overlong_punishment,
     term_reward_fn,
 )
 from nanogpt.text_measures import (
@@ -48,6 +45,11 @@ from nanogpt.text_measures import (
     self_overlap,
     term_rate,
     whole_words,
+)
+from nanogpt.text_rewards import (
+    domain_term_reward,
+    repetition_penalty_reward,
+    soft_overlong_punishment,
 )
 from nanogpt.tilt import effective_sample_size, tilt
 from nanogpt.trainer import evaluate

@@ -28,7 +28,8 @@ ALLOWED = {
     "tilt": set(),
     "calibration": set(),
     "judge": set(),
-    "rewards": PURE | {"native", "_C"},
+    "text_rewards": set(),
+    "rewards": PURE | {"native", "text_rewards", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
     "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
@@ -66,6 +67,7 @@ ALLOWED = {
         "reward_decoding",
         "rewards",
         "text_measures",
+        "text_rewards",
         "tilt",
         "trainer",
     },
@@ -76,7 +78,8 @@ ALLOWED = {
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "cli": {"config", "errors"},
-    "__init__": MODEL | {"checkpoint", "reward_decoding", "reward_model", "rewards"},
+    "__init__": MODEL
+    | {"checkpoint", "reward_decoding", "reward_model", "rewards", "text_rewards"},
     "__main__": {"cli"},
     "export": FILES | {"cli"},
 }

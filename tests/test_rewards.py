@@ -20,12 +20,14 @@ from nanogpt.rewards import (
     as_reward,
     char_reward_fn,
     combine,
-    domain_term_reward,
     ids_reward_fn,
-    repetition_penalty_reward,
-    soft_overlong_punishment,
     term_reward_fn,
     text_reward_fn,
+)
+from nanogpt.text_rewards import (
+    domain_term_reward,
+    repetition_penalty_reward,
+    soft_overlong_punishment,
 )
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
