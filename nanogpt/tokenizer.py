@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, byte-pair encoding.
+"""Text to token ids and back: characters, bytes, byte-pair encoding, records of fields.
 
 Every tokenizer has one special token, END_OF_TEXT, whose id is the last one. It separates
 documents and starts generation from an empty prompt; `decode` leaves it out, and the same letters
@@ -7,8 +7,9 @@ inside ordinary text are ordinary letters.
 
 import codecs
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,10 @@ from nanogpt.errors import InputError, UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 _SURROGATES = range(0xD800, 0xE000)
+US, RS = "\x1f", "\x1e"
+"""ASCII's unit and record separators: the end of a field's name, and of its value."""
+_SEPARATOR = re.compile("[\x1e\x1f]")
+_SEGMENT = re.compile("[^\x1e\x1f]*[\x1e\x1f]|[^\x1e\x1f]+")
 
 
 class UnknownCharacterError(InputError, ValueError):
@@ -234,6 +239,78 @@ class BPETokenizer(Tokenizer):
         return {"kind": "bpe", "tokenizer": json.loads(self._backend.to_str())}
 
 
+class RecordTokenizer(Tokenizer):
+    """Field names and their values as whole tokens, and another tokenizer for free text.
+
+    A record's text is name US value RS for each of its fields, with the separators of ASCII. A
+    name is a token up to and with its US. A value is one up to and with its RS where it is among
+    the values of the field before it; values of two fields are different tokens even where they
+    are spelled alike. Everything else is left to `base`.
+
+    Args:
+        fields: (name, values) of every field; both are spelled without the separators.
+        base: for free text; without it there is none.
+        schema: JSON-ready description of the fields, carried along.
+    """
+
+    kind = "record"
+
+    def __init__(
+        self,
+        fields: Iterable[tuple[str, Sequence[str]]],
+        base: Tokenizer | None = None,
+        schema: Any = None,
+    ) -> None:
+        self.fields = [(name, list(values)) for name, values in fields]
+        self.base, self.schema = base, schema
+        self.token_bytes = [] if base is None else base.token_bytes[:-1]
+        self.name_ids: list[int] = []
+        """The token of every field's name."""
+        self.value_ids: list[dict[str, int]] = []
+        """Of every field, the tokens of its values."""
+        self.separator_id = self._add(RS)
+        """Ends a free text."""
+        for name, values in self.fields:
+            if _SEPARATOR.search("".join((name, *values))) or len(set(values)) < len(values):
+                raise InputError(f"the values of the field {name!r} cannot be told apart")
+            self.name_ids.append(self._add(name + US))
+            self.value_ids.append({value: self._add(value + RS) for value in values})
+        self._place = {name: place for place, (name, _) in enumerate(self.fields)}
+        if len(self._place) < len(self.fields):
+            raise InputError("two fields of a record have the same name")
+        self.token_bytes.append(b"")
+
+    def _add(self, text: str) -> int:
+        self.token_bytes.append(_utf8(text))
+        return len(self.token_bytes) - 1
+
+    def encode_array(self, text: str) -> np.ndarray:
+        ids = [np.empty(0, dtype=self.dtype)]
+        place: int | None = None
+        position = 0
+        for segment in _SEGMENT.findall(text):
+            content, end = segment.rstrip(US + RS), segment[-1]
+            if end == US and content in self._place:
+                place = self._place[content]
+                found = [self.name_ids[place]]
+            elif end == RS and place is not None and content in self.value_ids[place]:
+                found = [self.value_ids[place][content]]
+            elif self.base is None:
+                raise UnknownCharacterError(segment[0], position)
+            else:
+                closed = end == RS
+                free = content if closed else segment
+                found = [*self.base.encode(free), *([self.separator_id] if closed else [])]
+            ids.append(np.array(found, dtype=self.dtype))
+            position += len(segment)
+        return np.concatenate(ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        base = None if self.base is None else self.base.to_dict()
+        fields = [[name, values] for name, values in self.fields]
+        return {"kind": "record", "fields": fields, "base": base, "schema": self.schema}
+
+
 def tokenizer_from_dict(description: Any) -> Tokenizer:
     """The tokenizer that `to_dict` described.
 
@@ -246,6 +323,14 @@ def tokenizer_from_dict(description: Any) -> Tokenizer:
         return CharTokenizer(description["characters"])
     if kind == "bpe" and isinstance(description.get("tokenizer"), dict):
         return BPETokenizer(description["tokenizer"])
+    if kind == "record":
+        base, fields = description.get("base"), description.get("fields")
+        try:
+            pairs = [(name, list(values)) for name, values in fields]
+            inner = None if base is None else tokenizer_from_dict(base)
+            return RecordTokenizer(pairs, inner, description.get("schema"))
+        except (TypeError, ValueError):
+            raise InputError("the record tokenizer is damaged") from None
     raise InputError("the tokenizer's description is damaged or of an unknown kind")
 
 
