@@ -279,23 +279,33 @@ class Scorer:
         Args:
             without: a field to leave out.
         """
-        n = len(encoded)
         fields = np.array([f for f in range(self.encoder.n_fields) if f != without], np.int64)
-        out = np.zeros((n, self.model.config.n_embd))
+        total = np.zeros((len(encoded), self.model.config.n_embd))
         for number in range(n_orders):
             rng = np.random.default_rng((*seed, number))
-            orders = fields[random_orders(rng, n, len(fields))]
-            for rows in np.array_split(np.arange(n), max(1, n // 1024)):
-                batch = encoded.sequences(rows, orders[rows], self.model.config.block_size)
-                weight = position_weights(batch)
-                for part, width in self._parts(batch):
-                    tokens = torch.from_numpy(batch.tokens[part, :width]).to(self.device)
-                    hidden = self.model.hidden_states(tokens).double()
-                    w = torch.from_numpy(weight[part, :width]).to(self.device)
-                    pooled = (hidden * w[:, :, None]).sum(dim=1).cpu().numpy()
-                    np.add.at(out, rows[batch.records[part]], pooled)
-                    progress(tokens.numel())
-        return out / n_orders
+            orders = fields[random_orders(rng, len(encoded), len(fields))]
+            total += self.states_of(encoded, orders, progress)
+        return total / n_orders
+
+    @torch.inference_mode()
+    def states_of(
+        self, encoded: Encoded, orders: np.ndarray, progress: Progress = _nothing
+    ) -> np.ndarray:
+        """(n, C) float64: the same in given orders, (n, f) or (f,) for all records."""
+        n = len(encoded)
+        orders = np.broadcast_to(orders, (n, orders.shape[-1]))
+        out = np.zeros((n, self.model.config.n_embd))
+        for rows in np.array_split(np.arange(n), max(1, n // 1024)):
+            batch = encoded.sequences(rows, orders[rows], self.model.config.block_size)
+            weight = position_weights(batch)
+            for part, width in self._parts(batch):
+                tokens = torch.from_numpy(batch.tokens[part, :width]).to(self.device)
+                hidden = self.model.hidden_states(tokens).double()
+                w = torch.from_numpy(weight[part, :width]).to(self.device)
+                pooled = (hidden * w[:, :, None]).sum(dim=1).cpu().numpy()
+                np.add.at(out, rows[batch.records[part]], pooled)
+                progress(tokens.numel())
+        return out
 
 
 def position_weights(batch: Sequences) -> np.ndarray:

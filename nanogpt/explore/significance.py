@@ -133,6 +133,39 @@ def conformal_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return (1 + len(ordered) - below) / (len(ordered) + 1)
 
 
+def exceedance_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(n,) p-values of high scores, beyond the reference by the tail that it has.
+
+    Where fewer than a twentieth of the reference lie, a generalised Pareto distribution goes on,
+    fitted by probability-weighted moments and never lighter than an exponential; its shape is
+    raised by its standard error, so that what is rare is not called impossible. Infinite scores
+    of the reference count as its largest.
+    Source: Hosking and Wallis 1987, Parameter and quantile estimation for the generalised Pareto
+        distribution.
+    """
+    ordered = np.sort(reference[np.isfinite(reference)])
+    n = len(ordered)
+    plain = conformal_p(ordered, scores)
+    count = n // 20
+    if count < 10:
+        return plain
+    threshold = ordered[-count - 1]
+    excess = ordered[-count:] - threshold
+    mean = float(excess.mean())
+    if mean <= 0:
+        return plain
+    weights = (count - 1 - np.arange(count)) / (count - 1)
+    second = float((weights * excess).mean())
+    shape = 2 - mean / (mean - 2 * second) if mean > 2 * second else 0.0
+    scale = 2 * mean * second / (mean - 2 * second) if mean > 2 * second else mean
+    shape = max(-shape, 0.0) if shape < 0 else max(shape, 0.0)
+    shape = min(shape, 0.9) + (1 + shape) / np.sqrt(count)
+    beyond = np.maximum(np.nan_to_num(scores, posinf=np.inf) - threshold, 0.0)
+    with np.errstate(over="ignore"):
+        tail = count / n * (1 + shape * beyond / scale) ** (-1 / shape)
+    return np.where(beyond > 0, np.minimum(plain, np.maximum(tail, _SMALLEST)), plain)
+
+
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """(m,) q-values: the least level at which each would be found.
 

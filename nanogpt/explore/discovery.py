@@ -1,0 +1,737 @@
+"""From the tests to the findings: everything that is tried, judged together, strongest first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanogpt.explore.crossfit import CellTests, Fold, PairTests, test_cells, test_order, test_pairs
+from nanogpt.explore.duplicates import (
+    exact_duplicates,
+    near_duplicate_rows,
+    near_duplicate_texts,
+)
+from nanogpt.explore.fields import Field
+from nanogpt.explore.findings import Finding
+from nanogpt.explore.groups import Groups, table_groups, text_groups
+from nanogpt.explore.scoring import Progress, Surprisal
+from nanogpt.explore.significance import exceedance_p, false_discovery_rates
+from nanogpt.explore.terms import KeyTerm, key_terms, words
+from nanogpt.explore.wording import (
+    Columns,
+    associations,
+    dependency_in_words,
+    mapping_in_words,
+    percent,
+    rank_correlation,
+    rows_in_words,
+    short,
+)
+
+BLOCKS = 8
+_GIVEN_AWAY = 0.98  # of the values guessed, by a leak
+_LEFT_WRONG = 0.1  # of the mistakes that guessing the commonest value makes
+_SAME_LINE = 0.9999  # correlation of numbers that are one another in other units
+_MOST_UNUSUAL, _MOST_ROWS = 100, 1000
+_JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
+_LEAST_FOR_GROUPS = 60
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was computed about the records; `findings` puts it into words.
+
+    Attributes:
+        folds: models and what they have not seen.
+        cells: of each coded field, by its place.
+        drift: of each coded field: p, and bits a record.
+        surprisal: of the records, each by a model that has not seen it.
+        outliers: of each text field (n,) p of a typicality as high as this.
+        duplicates, near: rows that repeat each other, and p of each row of theirs.
+        groups: of the records, by fields or by texts; None where none were looked for.
+        q: of every family of tests.
+    """
+
+    folds: list[Fold]
+    columns: Columns
+    coded: list[int]
+    texts: list[int]
+    pairs: PairTests
+    cells: dict[int, CellTests]
+    drift: dict[int, tuple[float, float]]
+    surprisal: Surprisal
+    record_z_p: np.ndarray
+    duplicates: list[tuple[list[int], float]]
+    near: list[tuple[list[int], str, float]]
+    repeats: dict[int, int]
+    groups: Groups | None
+    q: dict[str, np.ndarray]
+
+
+def raw_bits(columns: Columns, surprisal: Surprisal, coded: Sequence[int]) -> np.ndarray:
+    """(n, F) bits of the very values: those of the classes, and of the value within its class."""
+    bits = surprisal.field_bits.copy()
+    for place in coded:
+        column = columns.records.column(columns.name(place))
+        values, codes = np.unique([value or "" for value in column], return_inverse=True)
+        count = np.bincount(codes, minlength=len(values))[codes]
+        in_class = np.bincount(columns.codes[:, place])[columns.codes[:, place]]
+        bits[:, place] += np.log2(in_class / count)
+    return bits
+
+
+def repeated_fields(columns: Columns, pairs: PairTests, coded: Sequence[int]) -> dict[int, int]:
+    """Fields that repeat an earlier one, and which: either gives the other away."""
+    found: dict[int, int] = {}
+    for b in coded:
+        for a in coded:
+            if a < b and a not in found and b not in found:
+                if gives_away(columns, pairs, a, b) and gives_away(columns, pairs, b, a):
+                    found[b] = a
+    return found
+
+
+def gives_away(columns: Columns, pairs: PairTests, a: int, b: int) -> bool:
+    """Whether a value of b is guessed from that of a, nearly always and far better than without."""
+    if same_line(columns, a, b):
+        return True
+    accuracy, majority = pairs.accuracy[a, b], pairs.majority[b]
+    return bool(
+        accuracy >= _GIVEN_AWAY and 1 - accuracy <= _LEFT_WRONG * (1 - majority) and majority < 1
+    )
+
+
+def same_line(columns: Columns, a: int, b: int) -> tuple[float, float] | None:
+    """(slope, intercept) where two numbers are the same in other units."""
+    if not (columns.is_number(a) and columns.is_number(b)):
+        return None
+    x, y = columns.numbers(a), columns.numbers(b)
+    both = ~(np.isnan(x) | np.isnan(y))
+    if both.sum() < 10 or np.std(x[both]) == 0 or np.std(y[both]) == 0:
+        return None
+    if abs(np.corrcoef(x[both], y[both])[0, 1]) < _SAME_LINE:
+        return None
+    if abs(rank_correlation(x, y)) < _SAME_LINE:  # a few large numbers are no line
+        return None
+    slope, intercept = np.polyfit(x[both], y[both], 1)
+    return float(slope), float(intercept)
+
+
+def investigate(
+    folds: list[Fold],
+    columns: Columns,
+    surprisal: Surprisal,
+    z_reference: Sequence[np.ndarray],
+    *,
+    n_orders: int,
+    seed: int,
+    progress: Progress,
+) -> Results:
+    """Everything that is looked for, with q-values over all of it."""
+    n = len(columns.records)
+    coded = [place for place, each in enumerate(columns.classes) if each is not None]
+    texts = [place for place, each in enumerate(columns.classes) if each is None]
+    pairs = test_pairs(folds, seed=seed, progress=progress)
+    cells = {
+        place: test_cells(folds, place, n, n_orders=n_orders, seed=seed, progress=progress)
+        for place in (coded if len(columns.fields) > 1 else [])
+    }
+    blocks = np.arange(n) * BLOCKS // n
+    drift = {place: test_order(folds, place, blocks, seed) for place in coded}
+    repeats = repeated_fields(columns, pairs, coded)
+    record_p = np.ones(n)
+    if texts:
+        for fold, reference in zip(folds, z_reference, strict=True):
+            record_p[fold.test] = exceedance_p(reference, surprisal.z[fold.test])
+    duplicates = _duplicates(columns, surprisal, coded)
+    near = _near_duplicates(columns, surprisal, coded, texts, duplicates)
+    groups: Groups | None = None
+    if n >= _LEAST_FOR_GROUPS:
+        distinct = [place for place in coded if place not in repeats]
+        groups = table_groups(folds[0], distinct, seed=seed, progress=progress)
+        if groups is None and texts:
+            place = max(texts, key=lambda each: sum(map(len, folds[0].encoded.texts[each])))
+            column = [value or "" for value in columns.records.column(columns.name(place))]
+            groups = text_groups(folds[0], place, column, seed=seed, progress=progress)
+    upper = [(a, b) for a in range(len(columns.fields)) for b in range(a + 1, len(columns.fields))]
+    tried = [pair for pair in upper if not np.isnan(pairs.p[pair])]
+    families = {
+        "pairs": np.array([pairs.p[pair] for pair in tried]),
+        "joint": np.array([cells[place].joint_p for place in cells]),
+        "order": np.array([drift[place][0] for place in coded]),
+        "cells": np.concatenate([cells[place].p for place in cells] or [np.zeros(0)]),
+        "records": record_p if texts else np.zeros(0),
+        "duplicates": _row_family(n, [(rows, p) for rows, p in duplicates]),
+        "near": _row_family(n, [(rows, p) for rows, _, p in near]),
+        "groups": np.zeros(0) if groups is None else groups.p,
+    }
+    q = false_discovery_rates(families)
+    q["pair_table"] = np.full((len(columns.fields),) * 2, np.nan)
+    for (a, b), value in zip(tried, q["pairs"], strict=True):
+        q["pair_table"][a, b] = q["pair_table"][b, a] = value
+    q["cells"] = q["cells"].reshape(len(cells), n) if cells else np.ones((0, n))
+    return Results(
+        folds, columns, coded, texts, pairs, cells, drift, surprisal, record_p, duplicates, near,
+        repeats, groups, q,
+    )  # fmt: skip
+
+
+def _row_family(n: int, groups: Sequence[tuple[list[int], float]]) -> np.ndarray:
+    """(n,) one hypothesis for every record: that another one repeats it by more than chance."""
+    p = np.ones(n)
+    for rows, value in groups:
+        p[rows] = value
+    return p
+
+
+def _duplicates(
+    columns: Columns, surprisal: Surprisal, coded: Sequence[int]
+) -> list[tuple[list[int], float]]:
+    """Rows that are equal in every field used, and how likely chance alone makes another one."""
+    records = columns.records
+    used = [records.column(field.name) for field in columns.fields]
+    found = exact_duplicates(list(zip(*used, strict=True)))
+    if not found:
+        return []
+    bits = raw_bits(columns, surprisal, coded).sum(axis=1)
+    return [(list(rows), _chance(len(records), bits[list(rows)])) for rows in found]
+
+
+def _chance(n: int, bits: np.ndarray) -> float:
+    """That one of n - 1 other records is equal to one of so many bits, at most."""
+    return float(min(1.0, (n - 1) * 2.0 ** -float(np.max(bits))))
+
+
+def _near_duplicates(
+    columns: Columns,
+    surprisal: Surprisal,
+    coded: Sequence[int],
+    texts: Sequence[int],
+    duplicates: Sequence[tuple[list[int], float]],
+) -> list[tuple[list[int], str, float]]:
+    """Rows that differ in one field alone, or whose texts are alike: rows, how, and chance."""
+    n = len(columns.records)
+    same = {row: number for number, (rows, _) in enumerate(duplicates) for row in rows}
+    found: list[tuple[list[int], str, float]] = []
+    if len(columns.fields) == len(coded) and len(coded) >= 3:
+        codes = []
+        for field in columns.fields:
+            values = [value or "" for value in columns.records.column(field.name)]
+            codes.append(np.unique(values, return_inverse=True)[1].astype(np.int64))
+        bits = raw_bits(columns, surprisal, coded)
+        total = bits.sum(axis=1)
+        for group in near_duplicate_rows(codes):
+            left = total[list(group.rows)] - bits[list(group.rows), group.field]
+            chance = min(1.0, len(coded) * _chance(n, left))
+            found.append((list(group.rows), columns.name(group.field), chance))
+    elif texts:
+        place = max(texts, key=lambda each: surprisal.field_bits[:, each].sum())
+        column = [value or "" for value in columns.records.column(columns.name(place))]
+        for group in near_duplicate_texts(column):
+            rows = list(group.rows)
+            if len({same.get(row, -1 - row) for row in rows}) > 1:
+                # Alike by four fifths: the bits of that part, by chance.
+                bits = surprisal.field_bits[rows, place] * group.similarity
+                found.append((rows, columns.name(place), _chance(n, bits)))
+    return found
+
+
+def findings(results: Results, set_aside: Sequence[Field], alpha: float) -> list[Finding]:
+    """All findings at level alpha, strongest first, and the plain facts after them."""
+    parts: list[list[Finding]] = [
+        _field_findings(results, alpha),
+        _joint_findings(results, alpha),
+        _drift_findings(results, alpha),
+        _unusual_findings(results, alpha),
+        _repetition_findings(results, alpha),
+        _group_findings(results, alpha),
+    ]
+    found = sorted(
+        (finding for part in parts for finding in part), key=lambda each: -each.evidence_bits
+    )
+    return [*found, *(_fact(results, field) for field in set_aside)]
+
+
+def _fact(results: Results, field: Field) -> Finding:
+    n = len(results.columns.records)
+    if field.kind == "constant":
+        column = results.columns.records.column(field.name)
+        value = next((each for each in column if each is not None), None)
+        what = "is missing everywhere" if value is None else f"is {short(value)!r} in every record"
+        sentence = f"{field.name} {what}: it tells nothing"
+    else:
+        sentence = (
+            f"{field.name} is different in every record, as an identifier is: it was set aside"
+        )
+    return Finding(field.kind, (field.name,), (), 0.0, "bits", None, n, sentence, 0.0)
+
+
+def _field_findings(results: Results, alpha: float) -> list[Finding]:
+    """Of pairs: one repeats the other, gives it away, or goes with it."""
+    columns, pairs = results.columns, results.pairs
+    n = len(columns.records)
+    found = []
+    for a in range(len(columns.fields)):
+        for b in range(a + 1, len(columns.fields)):
+            q = results.q["pair_table"][a, b]
+            if not q <= alpha:
+                continue
+            information = np.nanmean([pairs.bits[a, b], pairs.bits[b, a]])
+            repeats = results.repeats.get(b) == a
+            if not repeats and (a in results.repeats or b in results.repeats):
+                continue  # said of the field that it repeats
+            if information <= 0 and not repeats:
+                continue
+            found.append(_pair_finding(results, a, b, float(information), float(q), n))
+    return found
+
+
+def _pair_finding(
+    results: Results, a: int, b: int, information: float, q: float, n: int
+) -> Finding:
+    columns, pairs = results.columns, results.pairs
+    forward = a in results.coded and gives_away(columns, pairs, a, b)
+    backward = b in results.coded and a in results.coded and gives_away(columns, pairs, b, a)
+    share = pairs.share
+    details: dict[str, Any] = {
+        "bits": {
+            f"{columns.name(a)} -> {columns.name(b)}": _known(pairs.bits[a, b]),
+            f"{columns.name(b)} -> {columns.name(a)}": _known(pairs.bits[b, a]),
+        },
+        "share": {
+            f"{columns.name(a)} -> {columns.name(b)}": _known(share[a, b]),
+            f"{columns.name(b)} -> {columns.name(a)}": _known(share[b, a]),
+        },
+    }
+    if a in results.coded and b in results.coded:
+        details["examples"] = associations(columns, a, b)
+    also = sorted(
+        columns.name(other) for other, first in results.repeats.items() if first in (a, b)
+    )
+    if forward and backward:
+        kind, sentence, fields = "duplicate_fields", _repeat_in_words(columns, a, b), (a, b)
+    elif forward or backward:
+        kind = "leak"
+        fields = (a, b) if forward else (b, a)
+        sentence = _leak_in_words(results, *fields)
+    else:
+        kind = "dependency"
+        # The field that tells more about the other comes first.
+        first = share[a, b] >= share[b, a] or np.isnan(share[b, a])
+        fields = (a, b) if first and b in results.coded else (b, a)
+        if a in results.coded and b in results.coded:
+            sentence = dependency_in_words(columns, *fields)
+        else:
+            text, other = (a, b) if a in results.texts else (b, a)
+            fields = (text, other)
+            sentence = (
+                f"the text of {columns.name(text)} tells about {columns.name(other)}: it is guessed "
+                f"in {percent(pairs.accuracy[text, other])} of the records, against "
+                f"{percent(pairs.majority[other])} without"
+            )
+    if also and kind != "duplicate_fields":
+        details["also"] = also
+        sentence += f" (the same goes for {', '.join(also)})"
+    return Finding(
+        kind,
+        tuple(columns.name(each) for each in fields),
+        (),
+        information,
+        "bits a record",
+        q,
+        n,
+        sentence,
+        information * n,
+        details,
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _repeat_in_words(columns: Columns, a: int, b: int) -> str:
+    name_a, name_b = columns.name(a), columns.name(b)
+    left, right = columns.records.column(name_a), columns.records.column(name_b)
+    if left == right:
+        return f"{name_b} repeats {name_a}, value for value"
+    line = same_line(columns, a, b)
+    if line is not None:
+        slope, intercept = line
+        plus = f" {'+' if intercept >= 0 else '-'} {abs(intercept):.4g}"
+        near_zero = abs(intercept) < 1e-6 * max(1.0, abs(slope))
+        return (
+            f"{name_b} repeats {name_a} in another unit: {name_b} = {slope:.4g} · {name_a}"
+            f"{'' if near_zero else plus}"
+        )
+    table = columns.table(a, b)
+    agree = float(table.max(axis=1).sum() / table.sum())
+    words_ = "in every record" if agree == 1 else f"in {percent(agree)} of the records"
+    return (
+        f"{name_b} repeats {name_a} under other names ({mapping_in_words(columns, a, b)}): "
+        f"either gives the other away, {words_}"
+    )
+
+
+def _leak_in_words(results: Results, a: int, b: int) -> str:
+    columns, pairs = results.columns, results.pairs
+    mapping = "" if columns.is_number(a) else f" ({mapping_in_words(columns, a, b)})"
+    return (
+        f"{columns.name(a)} gives {columns.name(b)} away{mapping}: it is guessed right in "
+        f"{percent(float(pairs.accuracy[a, b]))} of the records not trained on, against "
+        f"{percent(float(pairs.majority[b]))} without"
+    )
+
+
+def _joint_findings(results: Results, alpha: float) -> list[Finding]:
+    """Fields that several others together tell about, and none of them alone."""
+    columns, pairs = results.columns, results.pairs
+    n = len(columns.records)
+    found = []
+    for number, place in enumerate(results.cells):
+        q = float(results.q["joint"][number])
+        if q > alpha or place in results.repeats:
+            continue
+        cells = results.cells[place]
+        entropy = float(cells.unigram_bits.mean())
+        together = entropy - float(cells.bits.mean())
+        alone = float(np.nanmax(pairs.bits[:, place], initial=0.0))
+        more = together - max(alone, 0.0)
+        if more < max(_JOINT_BITS, _JOINT_SHARE * entropy):
+            continue
+        chosen, told = _tell_together(results, place)
+        if len(chosen) < 2:
+            continue
+        names = [columns.name(each) for each in chosen]
+        sentence = (
+            f"{' and '.join(names)} together tell {percent(min(1.0, told / entropy))} of what there "
+            f"is to know about {columns.name(place)}; the best field alone tells "
+            f"{percent(max(0.0, alone) / entropy)}"
+        )
+        details = {"told_together": told, "told_alone": alone, "told_by_all": together}
+        found.append(
+            Finding(
+                "joint_dependency", (*names, columns.name(place)), (), more, "bits a record", q, n,
+                sentence, more * n, details,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _tell_together(results: Results, target: int) -> tuple[list[int], float]:
+    """Two or three fields that together tell most about one, and how much, held out.
+
+    Pairs are tried whole, as two fields may tell something that neither begins to tell.
+    """
+    usable = [p for p in results.coded if p != target and p not in results.repeats]
+    usable.sort(key=lambda each: -np.nan_to_num(results.pairs.bits[each, target]))
+    usable = usable[:12]
+
+    def told(fields: Sequence[int]) -> float:
+        total, count = 0.0, 0
+        for fold in results.folds[:2]:
+            some = fold.tested[:1000]
+            orders = np.broadcast_to(np.array(fields), (len(some), len(fields)))
+            p = fold.scorer.distribution(fold.test_encoded, some, orders, target)
+            codes = fold.test_encoded.codes[some, target]
+            shares = fold.shares(target)
+            at = np.maximum(p[np.arange(len(some)), codes], 1e-12)
+            total += float((np.log2(at) - np.log2(shares[codes])).sum())
+            count += len(some)
+        return total / max(1, count)
+
+    best: tuple[float, list[int]] = (-np.inf, [])
+    for number, a in enumerate(usable):
+        for b in usable[number + 1 :]:
+            best = max(best, (told([a, b]), [a, b]))
+    for c in usable:
+        if c not in best[1] and len(best[1]) == 2:
+            three = told([*best[1], c])
+            if three > best[0] * 1.2 + 0.02:
+                best = (three, [*best[1], c])
+    return best[1], best[0]
+
+
+def _drift_findings(results: Results, alpha: float) -> list[Finding]:
+    columns = results.columns
+    n = len(columns.records)
+    found = []
+    for number, place in enumerate(results.coded):
+        q = float(results.q["order"][number])
+        _, bits = results.drift[place]
+        if q > alpha or bits <= 0 or place in results.repeats:
+            continue
+        blocks = block_values(columns, place)
+        name = columns.name(place)
+        if columns.is_number(place):
+            words_ = f"its median goes from {blocks['labels'][0]} in the first eighth to "
+            words_ += f"{blocks['labels'][-1]} in the last"
+        else:
+            label = blocks["class"]
+            words_ = (
+                f"{label} is {percent(blocks['values'][0])} of the first eighth and "
+                f"{percent(blocks['values'][-1])} of the last"
+            )
+        found.append(
+            Finding(
+                "drift", (name,), (), bits, "bits a record", q, n,
+                f"{name} changes along the file: {words_}", bits * n, {"blocks": blocks},
+            )
+        )  # fmt: skip
+    return found
+
+
+def block_values(columns: Columns, place: int) -> dict[str, Any]:
+    """Of each eighth of the file: the median of a number, or the share of the class that moves."""
+    n = len(columns.records)
+    blocks = np.arange(n) * BLOCKS // n
+    count = int(blocks.max()) + 1
+    if columns.is_number(place):
+        from nanogpt.explore.fields import number_text
+
+        numbers = columns.numbers(place)
+        values = []
+        for block in range(count):
+            part = numbers[(blocks == block) & ~np.isnan(numbers)]
+            values.append(float(np.median(part)) if len(part) else None)
+        kind = columns.fields[place].kind
+        labels = ["—" if v is None else number_text(v, kind) for v in values]
+        return {"what": "median", "class": None, "values": values, "labels": labels}
+    codes = columns.codes[:, place]
+    shares = np.stack([np.bincount(codes[blocks == b], minlength=int(codes.max()) + 1) for b in range(count)])
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    moving = int((shares.max(axis=0) - shares.min(axis=0)).argmax())
+    values = shares[:, moving].tolist()
+    return {
+        "what": "share",
+        "class": columns.label(place, moving),
+        "values": values,
+        "labels": [percent(value) for value in values],
+    }
+
+
+def guilty_cells(results: Results) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) the field that fits worst in each record, and (n,) the bits that it is off by.
+
+    Where two fields are off alike - each does not fit the other - it is the one further right.
+    """
+    places = list(results.cells)
+    gain = np.stack([results.cells[place].gain_bits for place in places])
+    worst = gain.max(axis=0)
+    close = gain >= 0.75 * worst
+    chosen = len(places) - 1 - np.argmax(close[::-1], axis=0)
+    return np.array(places)[chosen], worst
+
+
+def _unusual_findings(results: Results, alpha: float) -> list[Finding]:
+    columns = results.columns
+    lines = columns.records.lines
+    n = len(columns.records)
+    found = []
+    row_q = results.q["cells"].min(axis=0, initial=1.0)
+    if results.cells:
+        guilty, bits = guilty_cells(results)
+        for row in np.flatnonzero(row_q <= alpha).tolist():
+            place = int(guilty[row])
+            name = columns.name(place)
+            expected, probability = expected_value(results, place, row)
+            partner = _partner(results, place, row)
+            beside = ""
+            if partner is not None:
+                beside = f" beside {columns.name(partner)} {columns.value(partner, row)!r}"
+            sentence = (
+                f"line {int(lines[row]):,}: {name} {columns.value(place, row)!r} does not fit"
+                f"{beside}; {short(expected)!r} was expected ({percent(probability)})"
+            )
+            fields = (name,) if partner is None else (name, columns.name(partner))
+            details = {
+                "value": columns.value(place, row),
+                "expected": [[expected, probability]],
+                "z": _finite(results.surprisal.z[row]),
+            }
+            found.append(
+                Finding(
+                    "unusual", fields, (row,), float(bits[row]), "bits", float(row_q[row]), n,
+                    sentence, float(bits[row]), details,
+                )
+            )  # fmt: skip
+    if results.texts:
+        q = results.q["records"]
+        for row in np.flatnonzero(q <= alpha).tolist():
+            place = max(results.texts, key=lambda each: results.surprisal.field_bits[row, each])
+            excess = float(
+                (results.surprisal.field_bits - results.surprisal.expected_bits)[row].sum()
+            )
+            sentence = (
+                f"line {int(lines[row]):,} is written unlike the others: "
+                f"{columns.value(place, row)!r} takes {excess:,.0f} bits more than the model expects"
+            )
+            found.append(
+                Finding(
+                    "unusual", (columns.name(place),), (row,), excess, "bits", float(q[row]), n,
+                    sentence, excess, {"z": _finite(results.surprisal.z[row])},
+                )
+            )  # fmt: skip
+    found.sort(key=lambda each: -each.evidence_bits)
+    return found[:_MOST_UNUSUAL]
+
+
+def expected_value(results: Results, place: int, row: int) -> tuple[str, float]:
+    """The likeliest value of a cell, by the model that has not seen the record."""
+    cells = results.cells[place]
+    fold = next(fold for fold in results.folds if _holds(fold.test, row))
+    classes = fold.encoder.classes[place]
+    assert classes is not None
+    return classes.label(int(cells.expected[row])), float(cells.expected_p[row])
+
+
+def _holds(rows: np.ndarray, row: int) -> bool:
+    at = int(np.searchsorted(rows, row))
+    return at < len(rows) and int(rows[at]) == row
+
+
+def _partner(results: Results, place: int, row: int) -> int | None:
+    """The field whose value speaks most against this one, by pairs."""
+    columns = results.columns
+    best: tuple[float, int] | None = None
+    for other in results.coded:
+        if other == place or not results.q["pair_table"][other, place] <= 0.05:
+            continue
+        table = columns.table(other, place)
+        seen = table[columns.codes[row, other]]
+        overall = table.sum(axis=0) / table.sum()
+        code = columns.codes[row, place]
+        given = (seen[code] + overall[code]) / (seen.sum() + 1)
+        lift = float(np.log2(given / max(overall[code], 1e-12)))
+        if lift < -1 and (best is None or lift < best[0]):
+            best = (lift, other)
+    return None if best is None else best[1]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _repetition_findings(results: Results, alpha: float) -> list[Finding]:
+    columns = results.columns
+    lines, n = columns.records.lines, len(columns.records)
+    q = results.q["duplicates"]
+    exact = [(rows, p) for rows, p in results.duplicates if q[rows[0]] <= alpha]
+    found = []
+    if exact:
+        rows = sorted(row for group, _ in exact for row in group)
+        copies = sum(len(group) - 1 for group, _ in exact)
+        evidence = sum(-np.log2(max(p, 1e-300)) for _, p in exact)
+        pairs = "; ".join(
+            rows_in_words([int(lines[row]) for row in group], 3) for group, _ in exact[:3]
+        )
+        sentence = (
+            f"{copies:,} record{'s repeat others' if copies != 1 else ' repeats another'} exactly, "
+            f"which chance would not do: {pairs}{'; …' if len(exact) > 3 else ''}"
+        )
+        details = {"groups": [group for group, _ in exact[:_MOST_ROWS]]}
+        worst = float(max(q[group[0]] for group, _ in exact))
+        names = tuple(field.name for field in columns.fields)
+        found.append(
+            Finding("duplicates", names, tuple(rows[:_MOST_ROWS]), float(copies), "records", worst,
+                    n, sentence, float(evidence), details)
+        )  # fmt: skip
+    q = results.q["near"]
+    near = [(rows, name, p) for rows, name, p in results.near if q[rows[0]] <= alpha]
+    if near:
+        rows = sorted({row for group, _, _ in near for row in group})
+        evidence = sum(-np.log2(max(p, 1e-300)) for _, _, p in near)
+        examples = "; ".join(
+            f"{rows_in_words([int(lines[row]) for row in group], 3)}, but for {name}"
+            if not results.texts
+            else rows_in_words([int(lines[row]) for row in group], 3)
+            for group, name, _ in near[:3]
+        )
+        sentence = (
+            f"{len(near):,} group{'s' if len(near) != 1 else ''} of records are nearly equal: "
+            f"{examples}{'; …' if len(near) > 3 else ''}"
+        )
+        details = {"groups": [[group, name] for group, name, _ in near[:_MOST_ROWS]]}
+        worst = float(max(q[group[0]] for group, _, _ in near))
+        names = tuple(dict.fromkeys(name for _, name, _ in near))
+        found.append(
+            Finding("near_duplicates", names, tuple(rows[:_MOST_ROWS]), float(len(near)), "groups",
+                    worst, n, sentence, float(evidence), details)
+        )  # fmt: skip
+    return found
+
+
+def record_terms(columns: Columns, rows: np.ndarray | Sequence[int]) -> list[list[str]]:
+    """What each record's terms are: "field=value" of coded fields, the words of texts."""
+    texts = {
+        place: columns.records.column(columns.name(place))
+        for place, each in enumerate(columns.classes)
+        if each is None
+    }
+    found = []
+    for row in rows:
+        terms = []
+        for place in range(len(columns.fields)):
+            if place in texts:
+                terms += words(texts[place][row] or "")
+            else:
+                label = columns.label(place, int(columns.codes[row, place]))
+                terms.append(f"{columns.name(place)}={label}")
+        found.append(terms)
+    return found
+
+
+def terms_of(columns: Columns, inside: np.ndarray, k: int = 20, most: int = 5000) -> list[KeyTerm]:
+    """The terms that set some records apart from the rest.
+
+    Args:
+        inside: (n,) bool.
+    """
+    rng = np.random.default_rng(0)
+    parts = []
+    for chosen in (np.flatnonzero(inside), np.flatnonzero(~inside)):
+        if len(chosen) > most:
+            chosen = np.sort(rng.choice(chosen, most, replace=False))
+        parts.append(record_terms(columns, chosen))
+    return key_terms(parts[0], parts[1], k)
+
+
+def _group_findings(results: Results, alpha: float) -> list[Finding]:
+    groups, columns = results.groups, results.columns
+    if groups is None:
+        return []
+    n = len(columns.records)
+    found = []
+    for g in np.flatnonzero(results.q["groups"] <= alpha).tolist():
+        inside = groups.labels == g
+        size = int(inside.sum())
+        if not size or size == n or groups.bits[g] <= 0:
+            continue
+        terms = terms_of(columns, inside)
+        best = [term for term in terms if term.z > 0]
+        fields = [
+            columns.name(place)
+            for place in results.coded
+            if groups.field_p[g, place] * len(results.coded) <= alpha
+        ] or [columns.name(place) for place in results.texts]
+        shown_terms = ", ".join(
+            f"{term.term} ({percent(term.share)} against {percent(term.background_share)})"
+            for term in best[:4]
+        )
+        sentence = f"{size:,} records ({percent(size / n)}) belong together: {shown_terms}"
+        details = {
+            "group": g,
+            "terms": [[term.term, term.z] for term in best[:20]],
+        }
+        rows = np.flatnonzero(inside)[:_MOST_ROWS].tolist()
+        found.append(
+            Finding("group", tuple(fields), tuple(rows), float(groups.bits[g]), "bits a member",
+                    float(results.q["groups"][g]), groups.n, sentence,
+                    float(groups.bits[g] * size), details)
+        )  # fmt: skip
+    return found
+
+
+Note = Callable[[str], None]
+Options = Mapping[str, Any]
