@@ -158,8 +158,7 @@ def exceedance_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
     second = float((weights * excess).mean())
     shape = 2 - mean / (mean - 2 * second) if mean > 2 * second else 0.0
     scale = 2 * mean * second / (mean - 2 * second) if mean > 2 * second else mean
-    shape = max(-shape, 0.0) if shape < 0 else max(shape, 0.0)
-    shape = min(shape, 0.9) + (1 + shape) / np.sqrt(count)
+    shape = min(max(shape, 0.0), 0.9) + (1 + shape) / np.sqrt(count)
     beyond = np.maximum(np.nan_to_num(scores, posinf=np.inf) - threshold, 0.0)
     with np.errstate(over="ignore"):
         tail = count / n * (1 + shape * beyond / scale) ** (-1 / shape)
