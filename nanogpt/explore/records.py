@@ -7,6 +7,7 @@ word "None" stay what they are, and an empty text is not a missing one.
     a key of an object   absent, null or NaN: missing; numbers and booleans are their JSON text
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -352,9 +353,8 @@ class _Source:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Line numbers from 1, and lines with their ends; checked to be UTF-8 text."""
-        with self._open() as file:
-            head = self._head(file)
-            for number, line in enumerate(self._raw_lines(file, head), 1):
+        with self.raw_lines() as lines:
+            for number, line in enumerate(lines, 1):
                 if b"\0" in line:
                     raise InputError(
                         f"{self.name}, line {number:,}: this is not text: it holds a zero byte"
@@ -369,9 +369,8 @@ class _Source:
     def text(self, most_bytes: int) -> str:
         """All of the file, if it is no larger than that once decoded."""
         parts, size = [], 0
-        with self._open() as file:
-            head = self._head(file)
-            for line in self._raw_lines(file, head):
+        with self.raw_lines(most_bytes) as lines:
+            for line in lines:
                 size += len(line)
                 if size > most_bytes:
                     raise InputError(
@@ -381,57 +380,70 @@ class _Source:
                 parts.append(line)
         raw = b"".join(parts)
         if b"\0" in raw:
-            raise InputError(f"{self.name} is not text: it holds a zero byte")
+            raise InputError(f"{self.name}: this is not text: it holds a zero byte")
         return raw.decode()
+
+    @contextlib.contextmanager
+    def raw_lines(self, most_bytes: int | None = None) -> Iterator[Iterator[bytes]]:
+        """Lines as UTF-8, the rest of one that is longer than allowed as the next."""
+        most = 1 + (_LONGEST_LINE_BYTES if most_bytes is None else most_bytes)
+        with self._open() as file:
+            head = file.read(_HEAD_BYTES)
+            file.seek(0)
+            for magic, what in _FOREIGN.items():
+                if head.startswith(magic):
+                    raise InputError(f"{self.name} is {what}: export it as CSV (.csv) first")
+            utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+            shown = head.decode("utf-16", "ignore") if utf16 else head.decode("latin-1")
+            old_ends = "\r" in shown and "\n" not in shown
+            if not utf16 and not old_ends:
+                yield self._utf8_lines(file, head, most)
+                return
+            encoding = "utf-16" if utf16 else "utf-8-sig"
+            # surrogateescape brings what is not UTF-8 to the line on which it stands.
+            errors = "strict" if utf16 else "surrogateescape"
+            newline = None if old_ends else "\n"
+            with io.TextIOWrapper(file, encoding, errors, newline) as wrapped:
+                yield self._wrapped_lines(wrapped, most)
 
     def _open(self) -> IO[bytes]:
         with open(self.name, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         return cast(IO[bytes], gzip.open(self.name)) if packed else open(self.name, "rb")
 
-    def _head(self, file: IO[bytes]) -> bytes:
-        head = file.read(_HEAD_BYTES)
-        file.seek(0)
-        for magic, what in _FOREIGN.items():
-            if head.startswith(magic):
-                raise InputError(f"{self.name} is {what}: export it as CSV (.csv) first")
-        return head
-
-    def _raw_lines(self, file: IO[bytes], head: bytes) -> Iterator[bytes]:
-        """Lines as UTF-8, none much longer than the longest allowed."""
-        most = _LONGEST_LINE_BYTES + 1
-        utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-        if utf16 or (b"\r" in head and b"\n" not in head):
-            # surrogateescape brings what is not UTF-8 to the line on which it stands.
-            encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
-            newline = "\n" if utf16 else None
-            wrapped = io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline)
-            number = 0
-            try:
-                while line := wrapped.readline(most):
-                    number += 1
-                    yield line.encode()
-            except UnicodeError:
-                raise self._not_utf(number, "UTF-16" if utf16 else "UTF-8") from None
-            return
-        raw = file.readline(most).removeprefix(b"\xef\xbb\xbf")
+    def _utf8_lines(self, file: IO[bytes], head: bytes, most: int) -> Iterator[bytes]:
+        line = file.readline(most).removeprefix(b"\xef\xbb\xbf")
         number = 1
-        while raw:
-            if not raw.isascii() and len(raw) < most:
-                try:
-                    raw.decode()
-                except UnicodeDecodeError:
-                    if b"\0" not in raw:
-                        raise self._not_utf(number, "UTF-8") from None
-            yield raw
-            raw = file.readline(most)
+        while line:
+            # Where a line was cut short, so may its last character be.
+            if not line.isascii() and len(line) < most and not _is_utf8(line):
+                raise self._not_text(number, "UTF-8", b"\0" in head)
+            yield line
+            line = file.readline(most)
             number += 1
 
-    def _not_utf(self, line: int, encoding: str) -> InputError:
-        return InputError(
-            f"{self.name}, line {max(1, line):,}: this is not {encoding} text; "
-            f"save the file as UTF-8"
-        )
+    def _wrapped_lines(self, wrapped: io.TextIOWrapper, most: int) -> Iterator[bytes]:
+        number = 1
+        try:
+            while line := wrapped.readline(most):
+                yield line.encode()
+                number += 1
+        except UnicodeEncodeError:
+            raise self._not_text(number, "UTF-8", False) from None
+        except UnicodeDecodeError:
+            raise self._not_text(number, "UTF-16", False) from None
+
+    def _not_text(self, line: int, encoding: str, binary: bool) -> InputError:
+        what = "text: it holds zero bytes" if binary else f"{encoding} text; save the file as UTF-8"
+        return InputError(f"{self.name}, line {line:,}: this is not {what}")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _format_by_name(name: str) -> str | None:
@@ -557,7 +569,13 @@ def _find_dialect(sample: Sequence[tuple[int, bytes]], preferred: bytes) -> _Dia
         for delimiter in order
         for quote in _possible_quotes(sample, delimiter)
     ]
-    return max(found, key=lambda dialect: (dialect.fields > 1, dialect.agreement))
+
+    def merit(dialect: _Dialect) -> tuple[bool, float, bool]:
+        # Where quotes as letters explain the rows as well, they are letters.
+        several = dialect.fields > 1
+        return several, dialect.agreement, several and dialect.quote is None
+
+    return max(found, key=merit)
 
 
 def _measure(sample: Sequence[tuple[int, bytes]], dialect: _Dialect) -> _Dialect:
@@ -578,7 +596,7 @@ def _possible_quotes(
     fields that begin with " do not end with it."""
     begun, wrapped = _quote_marks(sample, delimiter, b'"')
     if begun:
-        return (b'"', None) if 2 * wrapped < begun else (b'"',)
+        return (b'"', None) if begun > 1 and 2 * wrapped < begun else (b'"',)
     _, single = _quote_marks(sample, delimiter, b"'")
     filled = sum(bool(line.strip()) for _, line in sample)
     return (b"'",) if single and single >= filled - 1 else (b'"',)
@@ -589,16 +607,11 @@ def _quote_marks(
 ) -> tuple[int, int]:
     """Fields that begin with a quote, and those of them that also end with it."""
     d, q = re.escape(delimiter), re.escape(quote)
-    begin = re.compile(rb"(?:^|(?<=" + d + rb"))" + q)
-    whole = re.compile(
-        rb"(?:^|(?<=" + d + rb"))" + q + rb"[^" + q + rb"]*(?:" + q + q + rb"[^" + q + rb"]*)*"
-        + q + rb"(?=" + d + rb"|\r?\n?$)"
-    )  # fmt: skip
-    lines = [line for _, line in sample if quote in line]
-    return (
-        sum(len(begin.findall(line)) for line in lines),
-        sum(len(whole.findall(line)) for line in lines),
-    )
+    within = rb"[^" + q + rb"]*(?:" + q + q + rb"[^" + q + rb"]*)*"
+    ends = rb"(" + q + rb"(?=" + d + rb"|\r?\n|\r?\Z))?"
+    field = re.compile(rb"(?:^|(?<=" + d + rb"))" + q + within + ends, re.MULTILINE)
+    found = field.findall(b"".join(line for _, line in sample))
+    return len(found), sum(bool(end) for end in found)
 
 
 def _read_table(source: _Source, bad: _BadLines, format: str, header: bool | None) -> _Table:
@@ -850,9 +863,8 @@ def _json_values(source: _Source, bad: _BadLines) -> Iterator[tuple[int, Any]]:
 
 def _is_array(source: _Source) -> bool:
     """Whether the first thing in the file is a bracket."""
-    with source._open() as file:
-        head = source._head(file)
-        for line in source._raw_lines(file, head):
+    with source.raw_lines() as lines:
+        for line in lines:
             if line.strip():
                 return line.lstrip().startswith(b"[")
     return False
