@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "advanced": (configuration.AdvancedConfig, "nanogpt.advanced"),
     "sample": (configuration.SampleConfig, "nanogpt.sample"),
     "calibrate": (configuration.CalibrateConfig, "nanogpt.calibrate"),
+    "explore": (configuration.ExploreConfig, "nanogpt.explore.command"),
     "export": (configuration.ExportConfig, "nanogpt.export.command"),
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }

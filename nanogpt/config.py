@@ -11,7 +11,7 @@ from typing import Any
 
 from nanogpt.errors import UsageError
 
-GROUPS = ("options", "text", "offline data", "self-alignment", "model", "training")
+GROUPS = ("options", "questions", "text", "offline data", "self-alignment", "model", "training")
 """Headings of --help that come first, in this order."""
 
 
@@ -648,6 +648,139 @@ class CalibrateConfig:
         None, "CPU threads", group="machine", minimum=1, auto="one per core"
     )
     json: bool = option(False, "print one JSON object with the numbers")
+
+
+@dataclass(frozen=True)
+class ExploreConfig(RunFlags):
+    """Find out what a table, a log or a text holds, with a model trained on the spot."""
+
+    data: str | None = option(
+        None,
+        "the records: .csv, .tsv, .jsonl (one object a line) or .txt (one record a line)",
+        auto="none: it must be given",
+        identity=False,
+        metavar="PATH",
+    )
+    format: str = option(
+        "auto",
+        "what --data is; auto goes by its name, or by its content",
+        choices=("auto", "csv", "tsv", "jsonl", "txt"),
+    )
+    alpha: float = option(
+        0.05,
+        "findings hold at this false discovery rate, over everything tried",
+        above=0,
+        below=1,
+        identity=False,
+    )
+    query: str | None = option(
+        None,
+        "show the records most like this text, or like the record FIELD=VALUE,…",
+        group="questions",
+        auto="no question",
+        identity=False,
+        metavar="TEXT",
+    )
+    k: int = option(
+        10, "records that --query shows", group="questions", minimum=1, identity=False
+    )
+    complete: str | None = option(
+        None,
+        "show what this field is likely to be where it is missing, or in the record of --given",
+        group="questions",
+        auto="no question",
+        identity=False,
+        metavar="FIELD",
+    )
+    given: str | None = option(
+        None,
+        'what --complete knows of a record; a comma inside a value: "FIELD=VALUE, VALUE"',
+        group="questions",
+        auto="the records where the field is missing",
+        identity=False,
+        metavar="FIELD=VALUE,…",
+    )
+    impute: str | None = option(
+        None,
+        "write the records with their missing values filled in",
+        group="questions",
+        auto="none",
+        identity=False,
+        metavar="OUT.csv",
+    )
+    n_layer: int | None = option(
+        None, "transformer blocks", group="model", minimum=1, auto="2, or those of --init"
+    )
+    n_head: int | None = option(
+        None, "attention heads", group="model", minimum=1, auto="4, or those of --init"
+    )
+    n_embd: int | None = option(
+        None,
+        "model width, a multiple of --n-head",
+        group="model",
+        minimum=1,
+        auto="64; 128 where there is free text; or that of --init",
+    )
+    init: str | None = option(
+        None,
+        "start from this model file, written by explore for records with the same fields",
+        group="model",
+        auto="new weights",
+        metavar="MODEL",
+    )
+    epochs: int = option(
+        2,
+        "passes of training; each shows every record in eight orders of its fields",
+        group="training",
+        minimum=1,
+    )
+    batch_size: int | None = option(
+        None,
+        "records in an optimizer step",
+        group="training",
+        minimum=1,
+        auto="by the number of records, 16 to 256",
+    )
+    folds: int | None = option(
+        None,
+        "parts of the records; each is scored by a model that was trained on the others",
+        group="training",
+        minimum=2,
+        auto="by the number of records",
+    )
+    seed: int = option(
+        0, "same data and seed, same findings", group="training", minimum=0, below=2**63
+    )
+    output: str = option(
+        "gpt_knowledge.pth",
+        "the model of all records: .pth or .safetensors",
+        group="files",
+        identity=False,
+        metavar="PATH",
+    )
+    report: str | None = option(
+        None,
+        "the page with everything that was found",
+        group="files",
+        auto="report.html in the run directory",
+        identity=False,
+        metavar="FILE.html",
+    )
+    findings: str | None = option(
+        None,
+        "the same for programs",
+        group="files",
+        auto="findings.json in the run directory",
+        identity=False,
+        metavar="FILE.json",
+    )
+    device: str = option("auto", DEVICE_HELP, group="machine")
+    threads: int | None = option(
+        None, "CPU threads", group="machine", minimum=1, auto="one per core", identity=False
+    )
+    json: bool = option(
+        False, "print one JSON object with findings and answers", group="machine", identity=False
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nanogpt import machine, metadata
 from nanogpt.config import (
     PRESETS,
     AdvancedConfig,
+    ExploreConfig,
     GPTConfig,
     MachineFlags,
     RunFlags,
@@ -160,13 +161,14 @@ def check_against_initial(config: AnyRun, initial: GPT | None) -> None:
 def make_identity(
     config: Any,
     content_sha256: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     initial: GPT | None,
     without: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What makes two runs the same: flags, text, tokenizer and starting weights.
 
     Args:
+        tokenizer: None where the data alone decide it.
         without: flags that name files, whose content counts instead of their paths.
     """
     flags = as_plain_dict(config)
@@ -178,11 +180,14 @@ def make_identity(
     start = None
     if initial is not None:
         start = metadata.tensor_digest(dict(initial.named_parameters()))
-    description = metadata.canonical_json(tokenizer.to_dict())
+    vocabulary = None
+    if tokenizer is not None:
+        description = metadata.canonical_json(tokenizer.to_dict())
+        vocabulary = hashlib.sha256(description).hexdigest()
     return {
         **own,
         "text (SHA-256)": content_sha256,
-        "tokenizer (SHA-256)": hashlib.sha256(description).hexdigest(),
+        "tokenizer (SHA-256)": vocabulary,
         "init weights (SHA-256)": start,
         "version": _IDENTITY_VERSION,
     }
@@ -191,7 +196,8 @@ def make_identity(
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The first entry in which two identities differ, in words, or None."""
     missing = object()
-    known = {**TrainConfig.__dataclass_fields__, **AdvancedConfig.__dataclass_fields__}
+    configs = (TrainConfig, AdvancedConfig, ExploreConfig)
+    known = {name for each in configs for name in each.__dataclass_fields__}
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         there, here = theirs.get(name, missing), ours.get(name, missing)
         if there != here:
@@ -203,9 +209,13 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None
     return None
 
 
-def run_path(config: RunFlags, name: str, shape: GPTConfig, identity: dict[str, Any]) -> Path:
+def run_path(
+    config: RunFlags, name: str, shape: GPTConfig | None, identity: dict[str, Any]
+) -> Path:
     """Where the run lives: --resume PATH, --run-dir, or a name from what identifies it.
 
+    Args:
+        shape: goes into the name where it is known.
     Raises: InputError where --resume names no run directory.
     """
     if config.resume not in ("auto", "never"):
@@ -216,7 +226,8 @@ def run_path(config: RunFlags, name: str, shape: GPTConfig, identity: dict[str, 
     if config.run_dir is not None:
         return Path(config.run_dir)
     digest = hashlib.sha256(metadata.canonical_json(identity)).hexdigest()
-    return Path("runs") / f"{name}-{shape.n_layer}x{shape.n_embd}-{digest[:10]}"
+    size = "" if shape is None else f"-{shape.n_layer}x{shape.n_embd}"
+    return Path("runs") / f"{name}{size}-{digest[:10]}"
 
 
 def find_start(
@@ -226,18 +237,26 @@ def find_start(
 
     Raises: UsageError where the directory holds another configuration's run.
     """
+    return folder.newest() if goes_on(config, folder, identity) else None
+
+
+def goes_on(config: RunFlags, folder: RunDirectory, identity: dict[str, Any]) -> bool:
+    """Whether the directory holds this very run and --resume lets it go on.
+
+    Raises: UsageError where the directory holds another configuration's run.
+    """
     try:
         found = folder.read_identity()
     except NanoGPTError:
         if config.resume != "never":
             raise
-        return None
+        return False
     if found is None:
-        return None
+        return False
     difference = first_difference(found["identity"], identity)
     if difference:
         raise UsageError(f"{folder.path} holds the run of another configuration: {difference}")
-    return None if config.resume == "never" else folder.newest()
+    return config.resume != "never"
 
 
 def choose_kernels(

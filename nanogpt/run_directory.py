@@ -5,7 +5,7 @@
     metrics.jsonl          one JSON object a line, see interface
     samples.jsonl events.jsonl
     checkpoints/00000500/  model.safetensors best.safetensors trainer.pt state.json manifest.json
-    report.html  tensorboard/  lock
+    report.html  report.json  findings.json  tensorboard/  lock
 
 A checkpoint is a folder that appears whole: written beside its place, every file fsynced, the
 manifest with sizes and SHA-256 last, then renamed. The newest that verifies counts.
@@ -31,6 +31,7 @@ from nanogpt.model import GPT
 
 MANIFEST = "manifest.json"
 _KEPT = 2
+_PAGES = ("report.html", "report.json", "findings.json")
 _JOURNALS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
@@ -94,7 +95,7 @@ class RunDirectory:
         """Whatever a run would replace must be a run's, not somebody's own files."""
         if (self.path / "run.json").exists():
             return
-        for name in ("checkpoints", "tensorboard", "report.html", "config.yaml", *_JOURNALS):
+        for name in ("checkpoints", "tensorboard", "config.yaml", *_PAGES, *_JOURNALS):
             found = self.path / name
             if found.is_file() or (found.is_dir() and any(found.iterdir())):
                 raise UsageError(
@@ -126,17 +127,18 @@ class RunDirectory:
         for folder in ("checkpoints", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         (self.path / "checkpoints").mkdir()
-        for name in (*_JOURNALS, "report.html"):
+        for name in (*_JOURNALS, *_PAGES):
             (self.path / name).unlink(missing_ok=True)
-        self._write("config.yaml", yaml.safe_dump(dict(flags), sort_keys=False))
-        self._write("run.json", json.dumps(content, indent=1, sort_keys=True))
+        self.write("config.yaml", yaml.safe_dump(dict(flags), sort_keys=False))
+        self.write("run.json", json.dumps(content, indent=1, sort_keys=True))
 
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the run, whole or not at all."""
         checkpoint.write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
     def write_report(self, html: str) -> Path:
         """Replace report.html."""
-        self._write("report.html", html)
+        self.write("report.html", html)
         return self.path / "report.html"
 
     # Journals: files of one JSON object a line, cut back to the checkpoint on resume.
