@@ -681,9 +681,7 @@ class ExploreConfig(RunFlags):
         identity=False,
         metavar="TEXT",
     )
-    k: int = option(
-        10, "records that --query shows", group="questions", minimum=1, identity=False
-    )
+    k: int = option(10, "records that --query shows", group="questions", minimum=1, identity=False)
     complete: str | None = option(
         None,
         "show what this field is likely to be where it is missing, or in the record of --given",

@@ -78,7 +78,8 @@ ALLOWED = {
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "explore": FILES
-    | {"cli", "interruption", "plan", "progress", "run_directory", "trainer"},
+    | {"cli", "interruption", "plan", "progress", "records", "reporter", "run_directory"}
+    | {"trainer"},
     "cli": {"config", "errors"},
     "__init__": MODEL
     | {"checkpoint", "reward_decoding", "reward_model", "rewards", "text_rewards"},

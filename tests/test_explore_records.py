@@ -454,7 +454,7 @@ def test_objects_with_ever_new_keys_are_refused(written):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(InputError, match="there is no file .*gone.csv"):
+    with pytest.raises(InputError, match=r"there is no file .*gone\.csv"):
         read_records(tmp_path / "gone.csv")
     with pytest.raises(InputError, match="is a folder"):
         read_records(tmp_path)
@@ -493,7 +493,7 @@ def test_a_line_of_a_gigabyte_is_refused_before_it_is_read(tmp_path, monkeypatch
     monkeypatch.setattr(module._Source, "_open", opened)
     monkeypatch.setattr(module, "_LONGEST_LINE_BYTES", 2**21)
     monkeypatch.setattr(module, "_LARGEST_ARRAY_BYTES", 2**22)
-    with pytest.raises(InputError, match="longer than 2 MB|more than 4 MB"):
+    with pytest.raises(InputError, match=r"longer than 2 MB|more than 4 MB"):
         read_records(path)
     assert 2**20 < size < 2**25
 
@@ -530,7 +530,7 @@ def test_rows_of_python_become_text():
         "a": "3",
         "b": "0.5",
     }
-    with pytest.raises(TypeError, match="row 2 of records: .* not list"):
+    with pytest.raises(TypeError, match=r"row 2 of records: .* not list"):
         Records.from_rows([{"a": 1}, {"a": [1]}])
     with pytest.raises(ValueError, match="surrogate"):
         Records.from_rows([{"a": "\udc00"}])

@@ -37,8 +37,8 @@ _SHOWN_FINDINGS, _SHOWN_ROWS = 20, 10
 _COMPLETED_ROWS = 200
 _SHOWN_LETTERS = 60
 _FOR_PROGRAMS = (
-    ("data", "n", "seed", "versions", "alpha", "model", "folds", "unit", "fields", "quality")
-    + ("notes", "findings")
+    "data", "n", "seed", "versions", "alpha", "model", "folds", "unit", "fields", "quality",
+    "notes", "findings",
 )  # fmt: skip
 """What of the report findings.json holds."""
 
@@ -85,7 +85,11 @@ def _check_flags(config: ExploreConfig) -> None:
             if Path(name).resolve() == Path(theirs).resolve():
                 raise UsageError(f"{flag} {name} is also {other}: name another file")
         taken[flag] = name
-        if flag != "--output" and config.init and Path(name).resolve() == Path(config.init).resolve():
+        if (
+            flag != "--output"
+            and config.init
+            and Path(name).resolve() == Path(config.init).resolve()
+        ):
             raise UsageError(f"{flag} {name} is also --init: name another file")
     checkpoint.check_output(Path(config.output))
     if config.impute is not None and Path(config.impute).suffix.lower() != ".csv":
@@ -228,7 +232,9 @@ class _Exploration:
             final = self.models.load_model(FINAL) if report is not None else None
             answers: dict[str, Any] = {}
             if report is not None and final is not None:
-                self._say(f"this run is finished, in {self.folder.path} (--resume never trains anew)")
+                self._say(
+                    f"this run is finished, in {self.folder.path} (--resume never trains anew)"
+                )
             if report is None or final is None or self.question.asked or self.config.impute:
                 try:
                     discovery.fit(self.records, store=self.models)

@@ -198,7 +198,9 @@ def _fit_mixture(
     unigram = np.concatenate([share[c] for share, c in zip(shares, codes, strict=True)])
     for temperature in _TEMPERATURES:
         parts = [_sharpened(log_p, temperature) for log_p in logs]
-        likely = np.concatenate([p[np.arange(len(c)), c] for p, c in zip(parts, codes, strict=True)])
+        likely = np.concatenate(
+            [p[np.arange(len(c)), c] for p, c in zip(parts, codes, strict=True)]
+        )
         likely = np.maximum(likely, 1e-300)
         plain.append((float(np.log(likely).sum()), temperature))
         for part in _CONTAMINATIONS:
@@ -211,7 +213,7 @@ def _fit_mixture(
 
 
 def _inflation(tails: np.ndarray, contamination: float) -> float:
-    """What tails are multiplied by so that, on other folds, small ones are no more than they say."""
+    """What tails are multiplied by so that small ones are no commoner than they say."""
     n = len(tails)
     worst = 1.0
     for level in _LEVELS:
@@ -332,9 +334,7 @@ def test_order(
     p_values, total, count = [], 0.0, 0
     for number, fold in enumerate(folds):
         width = len(fold.encoder.class_ids[place])
-        seen = crossed(
-            blocks[fold.train], fold.encoded.codes[fold.train, place], (n_blocks, width)
-        )
+        seen = crossed(blocks[fold.train], fold.encoded.codes[fold.train, place], (n_blocks, width))
         shares = fold.shares(place)
         # Each block's shares are drawn towards those of all records by the weight of ten.
         given = (seen + 10 * shares) / (seen.sum(axis=1, keepdims=True) + 10)
@@ -346,5 +346,3 @@ def test_order(
         total += float(table[blocks[rows], codes].sum())
         count += len(rows)
     return merged_p(p_values), total / count
-
-

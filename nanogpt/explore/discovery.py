@@ -1,6 +1,6 @@
 """From the tests to the findings: everything that is tried, judged together, strongest first."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,9 @@ def repeated_fields(columns: Columns, pairs: PairTests, coded: Sequence[int]) ->
     found: dict[int, int] = {}
     for b in coded:
         for a in coded:
-            if a < b and a not in found and b not in found:
-                if gives_away(columns, pairs, a, b) and gives_away(columns, pairs, b, a):
-                    found[b] = a
+            free = a < b and a not in found and b not in found
+            if free and gives_away(columns, pairs, a, b) and gives_away(columns, pairs, b, a):
+                found[b] = a
     return found
 
 
@@ -228,11 +228,11 @@ def _near_duplicates(
     elif texts:
         place = max(texts, key=lambda each: surprisal.field_bits[:, each].sum())
         column = [value or "" for value in columns.records.column(columns.name(place))]
-        for group in near_duplicate_texts(column):
-            rows = list(group.rows)
+        for alike in near_duplicate_texts(column):
+            rows = list(alike.rows)
             if len({same.get(row, -1 - row) for row in rows}) > 1:
                 # Alike by four fifths: the bits of that part, by chance.
-                bits = surprisal.field_bits[rows, place] * group.similarity
+                bits = surprisal.field_bits[rows, place] * alike.similarity
                 found.append((rows, columns.name(place), _chance(n, bits)))
     return found
 
@@ -326,8 +326,8 @@ def _pair_finding(
             text, other = (a, b) if a in results.texts else (b, a)
             fields = (text, other)
             sentence = (
-                f"the text of {columns.name(text)} tells about {columns.name(other)}: it is guessed "
-                f"in {percent(pairs.accuracy[text, other])} of the records, against "
+                f"the text of {columns.name(text)} tells about {columns.name(other)}: it is "
+                f"guessed in {percent(pairs.accuracy[text, other])} of the records, against "
                 f"{percent(pairs.majority[other])} without"
             )
     if also and kind != "duplicate_fields":
@@ -405,8 +405,8 @@ def _joint_findings(results: Results, alpha: float) -> list[Finding]:
             continue
         names = [columns.name(each) for each in chosen]
         sentence = (
-            f"{' and '.join(names)} together tell {percent(min(1.0, told / entropy))} of what there "
-            f"is to know about {columns.name(place)}; the best field alone tells "
+            f"{' and '.join(names)} together tell {percent(min(1.0, told / entropy))} of what "
+            f"there is to know about {columns.name(place)}; the best field alone tells "
             f"{percent(max(0.0, alone) / entropy)}"
         )
         details = {"told_together": told, "told_alone": alone, "told_by_all": together}
@@ -499,7 +499,9 @@ def block_values(columns: Columns, place: int) -> dict[str, Any]:
         labels = ["—" if v is None else number_text(v, kind) for v in values]
         return {"what": "median", "class": None, "values": values, "labels": labels}
     codes = columns.codes[:, place]
-    shares = np.stack([np.bincount(codes[blocks == b], minlength=int(codes.max()) + 1) for b in range(count)])
+    shares = np.stack(
+        [np.bincount(codes[blocks == b], minlength=int(codes.max()) + 1) for b in range(count)]
+    )
     shares = shares / shares.sum(axis=1, keepdims=True)
     moving = int((shares.max(axis=0) - shares.min(axis=0)).argmax())
     values = shares[:, moving].tolist()
@@ -565,7 +567,7 @@ def _unusual_findings(results: Results, alpha: float) -> list[Finding]:
             )
             sentence = (
                 f"line {int(lines[row]):,} is written unlike the others: "
-                f"{columns.value(place, row)!r} takes {excess:,.0f} bits more than the model expects"
+                f"{columns.value(place, row)!r} takes {excess:,.0f} bits more than expected"
             )
             found.append(
                 Finding(
@@ -652,12 +654,12 @@ def _repetition_findings(results: Results, alpha: float) -> list[Finding]:
             f"{len(near):,} group{'s' if len(near) != 1 else ''} of records are nearly equal: "
             f"{examples}{'; …' if len(near) > 3 else ''}"
         )
-        details = {"groups": [[group, name] for group, name, _ in near[:_MOST_ROWS]]}
+        pairs_of = [[group, name] for group, name, _ in near[:_MOST_ROWS]]
         worst = float(max(q[group[0]] for group, _, _ in near))
         names = tuple(dict.fromkeys(name for _, name, _ in near))
         found.append(
             Finding("near_duplicates", names, tuple(rows[:_MOST_ROWS]), float(len(near)), "groups",
-                    worst, n, sentence, float(evidence), details)
+                    worst, n, sentence, float(evidence), {"groups": pairs_of})
         )  # fmt: skip
     return found
 
@@ -731,7 +733,3 @@ def _group_findings(results: Results, alpha: float) -> list[Finding]:
                     float(groups.bits[g] * size), details)
         )  # fmt: skip
     return found
-
-
-Note = Callable[[str], None]
-Options = Mapping[str, Any]

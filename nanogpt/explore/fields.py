@@ -27,7 +27,9 @@ MISSING_WORDS = frozenset(
 """Words that mean a missing value where all the others are numbers or dates."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*")
-_DATE = re.compile(r"\s*\d{4}-\d{2}(-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?)?\s*")
+_DATE = re.compile(
+    r"\s*\d{4}-\d{2}(-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?)?\s*"
+)
 _FEW_NUMBERS = 12
 _MOST_CLASSES = 128
 _MOST_BINS = 32
@@ -114,10 +116,9 @@ def _are_ids(column: Sequence[Value], counts: Counter[str]) -> bool:
 
 def as_numbers(column: Sequence[Value], kind: str) -> np.ndarray:
     """(n,) float64 of numbers, or of dates in days since 1970; NaN where there is none."""
-    known: dict[Value, float] = {None: math.nan}
-    for value in column:
-        if value not in known:
-            known[value] = _as_number(value, kind)
+    known: dict[Value, float] = {
+        value: math.nan if value is None else _as_number(value, kind) for value in set(column)
+    }
     return np.array([known[value] for value in column], dtype=np.float64)
 
 
@@ -240,6 +241,4 @@ def fit_classes(field: Field, column: Sequence[Value]) -> FieldClasses:
     at = np.arange(1, n_bins) * len(numbers) // n_bins
     edges = np.unique(numbers[at])
     edges = edges[edges > numbers[0]]
-    return FieldClasses(
-        field, (), tuple(edges.tolist()), float(numbers[0]), float(numbers[-1])
-    )
+    return FieldClasses(field, (), tuple(edges.tolist()), float(numbers[0]), float(numbers[-1]))

@@ -122,7 +122,10 @@ def table_groups(
     def evidence(rows: np.ndarray) -> np.ndarray:
         """(F, B, k) bits for each group by each field."""
         return np.stack(
-            [table[:, fold.encoded.codes[rows, place]].T for table, place in zip(tables, places, strict=True)]
+            [
+                table[:, fold.encoded.codes[rows, place]].T
+                for table, place in zip(tables, places, strict=True)
+            ]
         )
 
     judging = fold.test[fold.tested]
@@ -208,9 +211,11 @@ def text_groups(
             draw = np.random.default_rng((seed, 9, g))
             p[g] = permutation_test(scores, inside.astype(np.int64), draw).p
             bits[g] = float(told[inside, g].mean())
-    everything = []
-    for part in np.array_split(np.arange(len(fold.encoded)), max(1, len(fold.encoded) // 4096)):
-        everything.append(((states(part, False) - mean) @ centres.T).argmax(axis=1))
+    n = len(fold.encoded)
+    everything = [
+        ((states(part, False) - mean) @ centres.T).argmax(axis=1)
+        for part in np.array_split(np.arange(n), max(1, n // 4096))
+    ]
     return Groups(
         np.concatenate(everything), p, bits, len(judging), np.ones((k, fold.encoder.n_fields))
     )

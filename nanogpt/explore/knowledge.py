@@ -1,8 +1,8 @@
 """Knowledge discovery as a library: fit models to records, and ask.
 
-    kd = KnowledgeDiscovery(seed=0).fit(read_records("data.csv"))
-    kd.discover()                          findings, strongest first
-    kd.complete({"island": "Biscoe"}, "species")
+kd = KnowledgeDiscovery(seed=0).fit(read_records("data.csv"))
+kd.discover()                          findings, strongest first
+kd.complete({"island": "Biscoe"}, "species")
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from nanogpt.explore.discovery import (
     investigate,
     terms_of,
 )
-from nanogpt.explore.fields import CODED, Field, as_numbers, describe_fields, number_text
+from nanogpt.explore.fields import Field, as_numbers, describe_fields, number_text
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import plane
 from nanogpt.explore.learning import Encoded, Encoder, LearningPlan, make_plan, train
@@ -230,9 +230,7 @@ class KnowledgeDiscovery:
 
     def _plan(self, encoded: Encoded) -> LearningPlan:
         try:
-            plan = make_plan(
-                encoded, epochs=self.epochs, batch_size=self.batch_size, **self._shape
-            )
+            plan = make_plan(encoded, epochs=self.epochs, batch_size=self.batch_size, **self._shape)
         except ValueError as error:
             raise InputError(str(error)) from None
         return plan if self.initial is None else replace(plan, shape=self.initial.config)
@@ -398,7 +396,9 @@ class KnowledgeDiscovery:
             logs[:, number] = -cells.sum(axis=1) * math.log(2)
         p = joint_rescoring(logs)
         if candidates is not None and classes.is_number is False:
-            unseen = [label for label, code in zip(labels, codes, strict=True) if code == classes.other]
+            unseen = [
+                label for label, code in zip(labels, codes, strict=True) if code == classes.other
+            ]
             for place, code in enumerate(codes.tolist()):  # unseen ones share that class
                 if code == classes.other:
                     p[place] /= len(unseen)
@@ -408,7 +408,9 @@ class KnowledgeDiscovery:
         if not classes.is_number or candidates is not None:
             return Completion(values)
         kind = classes.field.kind
-        quantiles = [number_text(self._quantile(target, p, each), kind) for each in (0.05, 0.5, 0.95)]
+        quantiles = [
+            number_text(self._quantile(target, p, each), kind) for each in (0.05, 0.5, 0.95)
+        ]
         return Completion(values, quantiles[1], (quantiles[0], quantiles[2]))
 
     def _quantile(self, target: int, p: np.ndarray, level: float) -> float:
@@ -472,9 +474,7 @@ class KnowledgeDiscovery:
             "n": len(cells.bits),
         }
 
-    def similar(
-        self, record: Mapping[str, Value] | str, k: int = 10
-    ) -> list[tuple[int, float]]:
+    def similar(self, record: Mapping[str, Value] | str, k: int = 10) -> list[tuple[int, float]]:
         """The records most like one, or like a text: (row, cosine of centred states).
 
         A record with some of the fields is compared by these. A text is compared with the text
@@ -780,4 +780,4 @@ def discover(path: str, **options: Any) -> dict[str, Any]:
     return KnowledgeDiscovery(**options).fit(read_records(path)).report()
 
 
-__all__ = ["CODED", "Anomalies", "Completion", "KnowledgeDiscovery", "Store", "discover"]
+__all__ = ["Anomalies", "Completion", "KnowledgeDiscovery", "Store", "discover"]

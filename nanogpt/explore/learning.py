@@ -46,8 +46,12 @@ class Encoder:
         class_ids: of each field (K,) the tokens of its classes; empty for a text.
     """
 
-    def __init__(self, fields: Sequence[Field], classes: Sequence[FieldClasses | None],
-                 tokenizer: RecordTokenizer) -> None:
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        classes: Sequence[FieldClasses | None],
+        tokenizer: RecordTokenizer,
+    ) -> None:
         self.fields, self.classes, self.tokenizer = list(fields), list(classes), tokenizer
         self.end = tokenizer.end_of_text_id
         self.name_ids = np.array(tokenizer.name_ids, np.int64)
@@ -191,9 +195,7 @@ class Encoded:
         return len(self.codes)
 
     def take(self, rows: np.ndarray) -> "Encoded":
-        texts = {
-            place: [each[row] for row in rows.tolist()] for place, each in self.texts.items()
-        }
+        texts = {place: [each[row] for row in rows.tolist()] for place, each in self.texts.items()}
         return Encoded(self.encoder, self.codes[rows], self.ids[rows], texts)
 
     def lengths(self) -> np.ndarray:
@@ -203,8 +205,9 @@ class Encoded:
             total += np.array([len(ids) for ids in each], np.int64)
         return total
 
-    def sequences(self, rows: np.ndarray, orders: np.ndarray, block_size: int,
-                  *, ending: bool = True) -> Sequences:
+    def sequences(
+        self, rows: np.ndarray, orders: np.ndarray, block_size: int, *, ending: bool = True
+    ) -> Sequences:
         """Records in given field orders, cut into windows of at most `block_size` inputs.
 
         Args:
@@ -233,7 +236,9 @@ class Encoded:
         for place, (row, order) in enumerate(zip(rows.tolist(), orders.tolist(), strict=True)):
             parts, of = [np.array([encoder.end])], []
             for field in order:
-                value = self.texts[field][row] if field in self.texts else self.ids[row, field, None]
+                value = (
+                    self.texts[field][row] if field in self.texts else self.ids[row, field, None]
+                )
                 parts += [encoder.name_ids[field, None], value]
                 of += [np.array([NAME]), np.full(len(value), field)]
             if ending:
@@ -247,7 +252,9 @@ class Encoded:
                 cells.append(cell[part])
                 records.append(place)
         return Sequences(
-            _padded(inputs, 0), _padded(targets, 0), _padded(cells, PADDING),
+            _padded(inputs, 0),
+            _padded(targets, 0),
+            _padded(cells, PADDING),
             np.array(records, np.int64),
         )
 
@@ -359,9 +366,9 @@ def train(
     model.tokenizer = encoded.encoder.tokenizer
     model.to(device).train()
     optimizer = make_optimizer(model, plan.learning_rate, plan.weight_decay, (0.9, 0.99))
-    total, step = plan.steps(len(encoded)), 0
+    total = plan.steps(len(encoded))
     warmup = min(100, total // 20)
-    for rows, with_names in _batches(len(encoded), plan, rng):
+    for step, (rows, with_names) in enumerate(_batches(len(encoded), plan, rng)):
         rate = scheduled_rate(step, total, warmup, plan.learning_rate, plan.learning_rate / 10)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -383,7 +390,6 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         progress(int(lengths.sum()))
     return model.eval()
 

@@ -133,8 +133,14 @@ class Scorer:
             yield part, int(lengths[part].max())
 
     @torch.inference_mode()
-    def surprisal(self, encoded: Encoded, *, n_orders: int, seed: tuple[int, ...],
-                  progress: Progress = _nothing) -> Surprisal:
+    def surprisal(
+        self,
+        encoded: Encoded,
+        *,
+        n_orders: int,
+        seed: tuple[int, ...],
+        progress: Progress = _nothing,
+    ) -> Surprisal:
         """Records scored in `n_orders` orders of their fields each, drawn with the seed."""
         n, n_fields = len(encoded), self.encoder.n_fields
         bits, expected, z = np.zeros((n, n_fields)), np.zeros((n, n_fields)), np.zeros(n)
@@ -178,8 +184,14 @@ class Scorer:
         return out[0] / nats, out[1] / nats, out[2] / nats**2
 
     @torch.inference_mode()
-    def distribution(self, encoded: Encoded, rows: np.ndarray, orders: np.ndarray, target: int,
-                     progress: Progress = _nothing) -> np.ndarray:
+    def distribution(
+        self,
+        encoded: Encoded,
+        rows: np.ndarray,
+        orders: np.ndarray,
+        target: int,
+        progress: Progress = _nothing,
+    ) -> np.ndarray:
         """P(class of a field | other fields), the fields of `orders` in their order.
 
         Args:
@@ -203,8 +215,9 @@ class Scorer:
             progress(tokens.numel())
         return out
 
-    def _prefix(self, encoded: Encoded, rows: np.ndarray, orders: np.ndarray,
-                name: int) -> tuple[np.ndarray, np.ndarray]:
+    def _prefix(
+        self, encoded: Encoded, rows: np.ndarray, orders: np.ndarray, name: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(B, T) tokens up to and with the target's name, and their lengths.
 
         A text that is too long for the context loses its beginning.
@@ -235,8 +248,15 @@ class Scorer:
             tokens[row, : len(part)] = part
         return tokens, lengths
 
-    def given_rest(self, encoded: Encoded, target: int, *, n_orders: int, seed: tuple[int, ...],
-                   progress: Progress = _nothing) -> np.ndarray:
+    def given_rest(
+        self,
+        encoded: Encoded,
+        target: int,
+        *,
+        n_orders: int,
+        seed: tuple[int, ...],
+        progress: Progress = _nothing,
+    ) -> np.ndarray:
         """(n, K) P(class of a field | all others), the mean over orders of the others."""
         n, n_fields = len(encoded), self.encoder.n_fields
         others = np.array([place for place in range(n_fields) if place != target], np.int64)
@@ -249,8 +269,12 @@ class Scorer:
 
     def marginal(self, target: int) -> np.ndarray:
         """(K,) P(class of a field), nothing given."""
-        one = Encoded(self.encoder, np.zeros((1, self.encoder.n_fields), np.int32),
-                      np.zeros((1, self.encoder.n_fields), np.int32), {})
+        one = Encoded(
+            self.encoder,
+            np.zeros((1, self.encoder.n_fields), np.int32),
+            np.zeros((1, self.encoder.n_fields), np.int32),
+            {},
+        )
         return self.distribution(one, np.zeros(1, np.int64), np.zeros((1, 0), np.int64), target)[0]
 
     def pair_tables(self, progress: Progress = _nothing) -> dict[tuple[int, int], np.ndarray]:
@@ -269,8 +293,15 @@ class Scorer:
         return found
 
     @torch.inference_mode()
-    def states(self, encoded: Encoded, *, n_orders: int = 1, seed: tuple[int, ...] = (0,),
-               without: int | None = None, progress: Progress = _nothing) -> np.ndarray:
+    def states(
+        self,
+        encoded: Encoded,
+        *,
+        n_orders: int = 1,
+        seed: tuple[int, ...] = (0,),
+        without: int | None = None,
+        progress: Progress = _nothing,
+    ) -> np.ndarray:
         """(n, C) float64: a vector for each record, not centred.
 
         The mean of the states at the ends of its values, later ones weighing more, as they know
@@ -355,5 +386,15 @@ def joint_rescoring(log_probabilities: Sequence[float] | np.ndarray) -> np.ndarr
     return torch.softmax(table, dim=0).numpy()
 
 
-__all__ = ["NAME", "Scorer", "Surprisal", "TokenScores", "centred", "joint_rescoring",
-           "position_weights", "sequence_surprisal", "token_scores", "typicality"]
+__all__ = [
+    "NAME",
+    "Scorer",
+    "Surprisal",
+    "TokenScores",
+    "centred",
+    "joint_rescoring",
+    "position_weights",
+    "sequence_surprisal",
+    "token_scores",
+    "typicality",
+]

@@ -54,7 +54,7 @@ def fightin_words(
 
 
 def g_squared(a: float, n_a: float, b: float, n_b: float) -> float:
-    """Dunning's log-likelihood ratio of a count a of n_a against b of n_b, by Poisson expectations."""
+    """Dunning's log-likelihood ratio of counts a of n_a against b of n_b, as Poisson counts."""
     both = (a + b) / (n_a + n_b)
     terms = ((a, n_a * both), (b, n_b * both))
     return 2 * sum(seen * math.log(seen / expected) for seen, expected in terms if seen > 0)

@@ -193,8 +193,8 @@ def _medians(columns: Columns, a: int, b: int) -> str:
     if kind == "date":
         way = "later" if here > there else "earlier"
     return (
-        f"{columns.name(b)} is {way} where {columns.name(a)} is {columns.label(a, best[1])}: median "
-        f"{number_text(here, kind)} against {number_text(there, kind)} elsewhere"
+        f"{columns.name(b)} is {way} where {columns.name(a)} is {columns.label(a, best[1])}: "
+        f"median {number_text(here, kind)} against {number_text(there, kind)} elsewhere"
     )
 
 
@@ -203,7 +203,9 @@ def mapping_in_words(columns: Columns, a: int, b: int, most: int = 4) -> str:
     pairs = Counter(
         (x, y)
         for x, y in zip(
-            columns.records.column(columns.name(a)), columns.records.column(columns.name(b)), strict=True
+            columns.records.column(columns.name(a)),
+            columns.records.column(columns.name(b)),
+            strict=True,
         )
         if x is not None
     )

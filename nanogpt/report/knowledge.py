@@ -64,7 +64,9 @@ def render_knowledge_report(report: Report) -> str:
 
 def cut(text: str, most: int = _LONGEST) -> str:
     """A text in one printable line, cut where it is long."""
-    line = "".join(c if c.isprintable() and c not in "\u202a\u202b\u202d\u202e" else " " for c in text)
+    line = "".join(
+        c if c.isprintable() and c not in "\u202a\u202b\u202d\u202e" else " " for c in text
+    )
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
@@ -157,7 +159,9 @@ def _dependency_map(part: Report, alpha: float) -> str:
     out = []
     for i, name in enumerate(names):
         y, x = top + (i + 0.5) * size + 4, left + (i + 0.5) * size
-        out.append(f'<text x="{left - 8}" y="{y:.1f}" text-anchor="end">{escape(cut(name, 20))}</text>')
+        out.append(
+            f'<text x="{left - 8}" y="{y:.1f}" text-anchor="end">{escape(cut(name, 20))}</text>'
+        )
         out.append(
             f'<text x="{x:.1f}" y="{top - 8}" transform="rotate(-45 {x:.1f} {top - 8})" '
             f'class="slant">{escape(cut(name, 20))}</text>'
@@ -172,9 +176,8 @@ def _dependency_map(part: Report, alpha: float) -> str:
             sure = q is not None and q <= alpha
             label = escape(f"{cut(name, 40)} tells {share:.0%} of {cut(names[j], 40)}")
             strength = share if sure else 0.0
-            out.append(
-                f'<rect class="cell" {box} fill-opacity="{strength:.3f}"><title>{label}</title></rect>'
-            )
+            fill = f'fill-opacity="{strength:.3f}"'
+            out.append(f'<rect class="cell" {box} {fill}><title>{label}</title></rect>')
             if sure and size >= 28 and share >= 0.005:
                 dark = ' class="on"' if share > 0.55 else ""
                 out.append(
