@@ -476,7 +476,11 @@ def _completion_in_words(answer: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _held_out_in_words(field: str, held_out: Mapping[str, Any]) -> str:
-    return f"{field} is missing nowhere: {held_out}"
+    return (
+        f"{field} is missing nowhere. Hidden in each of {held_out['n']:,} records and asked of a "
+        f"model that has not seen it, it is guessed right in {held_out['accuracy']:.1%}, against "
+        f"{held_out['majority']:.1%} by its commonest value"
+    )
 
 
 def _completion_as_dict(completion: Any) -> dict[str, Any]:

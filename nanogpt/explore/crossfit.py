@@ -17,9 +17,9 @@ from nanogpt.explore.significance import merged_p, permutation_test
 MOST_TESTED = 4000
 """Records of a fold that a permutation test uses."""
 _TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
-_CONTAMINATIONS = (0.001, 0.003, 0.01, 0.03, 0.05)
+_CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05)
 _LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-_CLEARLY = 6.0  # nats
+_TOLERANCE = 2.0  # nats
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,10 @@ def _fit_mixture(
 ) -> tuple[float, float]:
     """Temperature and contamination of held-out values: (1 - e) p_T(v | rest) + e share(v).
 
-    A model that has met misplaced values expects some more of them. What records in order look
-    like is p_T with the misplaced ones explained apart. They are explained apart only where that
-    makes the values clearly likelier; else e is 0 and T no less than 1.
+    A model that has met misplaced values expects some more of them, spread as the field's values
+    are. As much of that as the held-out values allow counts as misplaced: of all mixtures that make
+    them at most `_TOLERANCE` nats less likely than the best one, the sharpest is taken, and what
+    is left is what records in order look like. Where none does, e is 0 and T no less than 1.
     """
     plain: list[tuple[float, float]] = []
     mixed: list[tuple[float, float, float]] = []
@@ -206,9 +207,12 @@ def _fit_mixture(
         for part in _CONTAMINATIONS:
             value = float(np.log((1 - part) * likely + part * unigram).sum())
             mixed.append((value, temperature, part))
-    best_plain, best_mixed = max(plain), max(mixed)
-    if best_mixed[0] > best_plain[0] + _CLEARLY and best_mixed[1] < 1:
-        return best_mixed[1], best_mixed[2]
+    best_plain = max(plain)
+    enough = max(best_plain, max(mixed)[:2])[0] - _TOLERANCE
+    temperature = min(t for value, t, _ in [*mixed, (*best_plain, 0.0)] if value >= enough)
+    if temperature < 1:
+        _, part = max((value, part) for value, t, part in mixed if t == temperature)
+        return temperature, part
     return max(1.0, best_plain[1]), 0.0
 
 

@@ -1,6 +1,6 @@
 """From the tests to the findings: everything that is tried, judged together, strongest first."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from nanogpt.explore.duplicates import (
 )
 from nanogpt.explore.fields import Field
 from nanogpt.explore.findings import Finding
-from nanogpt.explore.groups import Groups, table_groups, text_groups
+from nanogpt.explore.groups import Groups, related_parts, table_groups, text_groups
 from nanogpt.explore.scoring import Progress, Surprisal
-from nanogpt.explore.significance import exceedance_p, false_discovery_rates
+from nanogpt.explore.significance import benjamini_hochberg, exceedance_p, false_discovery_rates
 from nanogpt.explore.terms import KeyTerm, key_terms, words
 from nanogpt.explore.wording import (
     Columns,
@@ -36,6 +36,7 @@ _SAME_LINE = 0.9999  # correlation of numbers that are one another in other unit
 _MOST_UNUSUAL, _MOST_ROWS = 100, 1000
 _JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
 _LEAST_FOR_GROUPS = 60
+_RELATED = 0.05
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,14 @@ def investigate(
     near = _near_duplicates(columns, surprisal, coded, texts, duplicates)
     groups: Groups | None = None
     if n >= _LEAST_FOR_GROUPS:
-        distinct = [place for place in coded if place not in repeats]
-        groups = table_groups(folds[0], distinct, seed=seed, progress=progress)
+        parts = related_parts(_own_fields(columns, pairs, coded, repeats), _related(pairs))
+        groups = table_groups(folds[0], parts, seed=seed, progress=progress)
         if groups is None and texts:
-            place = max(texts, key=lambda each: sum(map(len, folds[0].encoded.texts[each])))
-            column = [value or "" for value in columns.records.column(columns.name(place))]
-            groups = text_groups(folds[0], place, column, seed=seed, progress=progress)
+            written = {
+                place: [value or "" for value in columns.records.column(columns.name(place))]
+                for place in texts
+            }
+            groups = text_groups(folds[0], written, seed=seed, progress=progress)
     upper = [(a, b) for a in range(len(columns.fields)) for b in range(a + 1, len(columns.fields))]
     tried = [pair for pair in upper if not np.isnan(pairs.p[pair])]
     families = {
@@ -175,6 +178,26 @@ def investigate(
         folds, columns, coded, texts, pairs, cells, drift, surprisal, record_p, duplicates, near,
         repeats, groups, q,
     )  # fmt: skip
+
+
+def _own_fields(
+    columns: Columns, pairs: PairTests, coded: Sequence[int], repeats: Collection[int]
+) -> list[int]:
+    """Fields that no other one gives away."""
+    own: list[int] = []
+    for place in coded:
+        others = [other for other in coded if other != place and other not in repeats]
+        if place not in repeats and not any(gives_away(columns, pairs, a, place) for a in others):
+            own.append(place)
+    return own
+
+
+def _related(pairs: PairTests) -> np.ndarray:
+    """(F, F) bool: pairs that have something to do with each other, taken by themselves."""
+    tried = ~np.isnan(pairs.p)
+    q = np.ones_like(pairs.p)
+    q[tried] = benjamini_hochberg(pairs.p[tried])
+    return q <= _RELATED
 
 
 def _row_family(n: int, groups: Sequence[tuple[list[int], float]]) -> np.ndarray:
@@ -651,21 +674,31 @@ def _repetition_findings(results: Results, alpha: float) -> list[Finding]:
             for group, name, _ in near[:3]
         )
         sentence = (
-            f"{len(near):,} group{'s' if len(near) != 1 else ''} of records are nearly equal: "
-            f"{examples}{'; …' if len(near) > 3 else ''}"
+            f"{_many(len(near), 'group')} of records {'are' if len(near) != 1 else 'is'} nearly "
+            f"equal: {examples}{'; …' if len(near) > 3 else ''}"
         )
         pairs_of = [[group, name] for group, name, _ in near[:_MOST_ROWS]]
         worst = float(max(q[group[0]] for group, _, _ in near))
         names = tuple(dict.fromkeys(name for _, name, _ in near))
         found.append(
-            Finding("near_duplicates", names, tuple(rows[:_MOST_ROWS]), float(len(near)), "groups",
-                    worst, n, sentence, float(evidence), {"groups": pairs_of})
+            Finding("near_duplicates", names, tuple(rows[:_MOST_ROWS]), float(len(near)),
+                    "groups of records", worst, n, sentence, float(evidence), {"groups": pairs_of})
         )  # fmt: skip
     return found
 
 
-def record_terms(columns: Columns, rows: np.ndarray | Sequence[int]) -> list[list[str]]:
-    """What each record's terms are: "field=value" of coded fields, the words of texts."""
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def record_terms(
+    columns: Columns, rows: np.ndarray | Sequence[int], left_out: Collection[int] = ()
+) -> list[list[str]]:
+    """What each record's terms are: "field=value" of coded fields, the words of texts.
+
+    Args:
+        left_out: fields that repeat others.
+    """
     texts = {
         place: columns.records.column(columns.name(place))
         for place, each in enumerate(columns.classes)
@@ -675,6 +708,8 @@ def record_terms(columns: Columns, rows: np.ndarray | Sequence[int]) -> list[lis
     for row in rows:
         terms = []
         for place in range(len(columns.fields)):
+            if place in left_out:
+                continue
             if place in texts:
                 terms += words(texts[place][row] or "")
             else:
@@ -684,7 +719,13 @@ def record_terms(columns: Columns, rows: np.ndarray | Sequence[int]) -> list[lis
     return found
 
 
-def terms_of(columns: Columns, inside: np.ndarray, k: int = 20, most: int = 5000) -> list[KeyTerm]:
+def terms_of(
+    columns: Columns,
+    inside: np.ndarray,
+    left_out: Collection[int] = (),
+    k: int = 20,
+    most: int = 5000,
+) -> list[KeyTerm]:
     """The terms that set some records apart from the rest.
 
     Args:
@@ -695,7 +736,7 @@ def terms_of(columns: Columns, inside: np.ndarray, k: int = 20, most: int = 5000
     for chosen in (np.flatnonzero(inside), np.flatnonzero(~inside)):
         if len(chosen) > most:
             chosen = np.sort(rng.choice(chosen, most, replace=False))
-        parts.append(record_terms(columns, chosen))
+        parts.append(record_terms(columns, chosen, left_out))
     return key_terms(parts[0], parts[1], k)
 
 
@@ -706,12 +747,16 @@ def _group_findings(results: Results, alpha: float) -> list[Finding]:
     n = len(columns.records)
     found = []
     for g in np.flatnonzero(results.q["groups"] <= alpha).tolist():
-        inside = groups.labels == g
-        size = int(inside.sum())
-        if not size or size == n or groups.bits[g] <= 0:
+        members = groups.members[g]
+        size = len(members)
+        if not size or size > n / 2 or groups.bits[g] <= 0:
+            continue  # what most records have is no group; that the others lack it is said of these
+        inside = np.zeros(n, bool)
+        inside[members] = True
+        terms = terms_of(columns, inside, results.repeats)
+        best = [term for term in terms if term.q <= alpha and term.share > term.background_share]
+        if not best:
             continue
-        terms = terms_of(columns, inside)
-        best = [term for term in terms if term.z > 0]
         fields = [
             columns.name(place)
             for place in results.coded
@@ -726,7 +771,7 @@ def _group_findings(results: Results, alpha: float) -> list[Finding]:
             "group": g,
             "terms": [[term.term, term.z] for term in best[:20]],
         }
-        rows = np.flatnonzero(inside)[:_MOST_ROWS].tolist()
+        rows = members[:_MOST_ROWS].tolist()
         found.append(
             Finding("group", tuple(fields), tuple(rows), float(groups.bits[g]), "bits a member",
                     float(results.q["groups"][g]), groups.n, sentence,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +42,9 @@ from nanogpt.machine import versions
 from nanogpt.model import GPT
 from nanogpt.tokenizer import RecordTokenizer, Tokenizer
 
-_FEW_TOKENS = 6_000_000  # of training, for five folds; three for twice as many
+_TRAINING_FLOPS = 1.2e13  # a minute or two on two cores: what more folds than two may take
 _SCORED_TOKENS = 20_000_000
+_SCORING_COST = 0.28  # of a token, beside one of training
 _LEAST_RECORDS = 10
 _MOST_SHOWN, _MOST_PLANE, _SHOWN_LETTERS = 50, 2000, 300
 _NEIGHBOURS, _MOST_NEIGHBOURS, _MOST_JUDGED = 10, 5000, 500
@@ -205,11 +207,13 @@ class KnowledgeDiscovery:
         self.encoded = encoder.encode(records)
         self.plan = self._plan(self.encoded)
         tokens = float(self.encoded.lengths().sum()) * self.plan.views * self.plan.epochs
-        self.n_folds = self.folds or (
-            5 if tokens <= _FEW_TOKENS / 2 else 3 if tokens <= _FEW_TOKENS else 2
-        )
-        self.n_folds = min(self.n_folds, n)
-        self._total = tokens * self.n_folds + _SCORED_TOKENS / 4
+        shape = self.plan.shape
+        block = 12 * shape.n_layer * shape.n_embd**2
+        flops = tokens * 6 * (block + shape.vocab_size * shape.n_embd)
+        # K folds of (K - 1) / K of the records and one of them all: K times all of them.
+        most = next((k for k in (5, 3) if k * flops <= _TRAINING_FLOPS), 2)
+        self.n_folds = min(self.folds or most, n)
+        self._total = tokens * self.n_folds + _SCORING_COST * self._scored_tokens()
         assignment = assign_folds(n, self.n_folds, self.seed)
         self._folds: list[Fold] = []
         for number in range(self.n_folds):
@@ -258,15 +262,25 @@ class KnowledgeDiscovery:
             initial = {key: value for key, value in weights.items() if key != metadata.KEY}
         model = train(
             encoded, plan, (self.seed, number), initial=initial, device=self.device,
-            progress=self._advance,
+            progress=self._learnt,
         )  # fmt: skip
         if store is not None:
             store.save(name, model)
         return model
 
-    def _advance(self, tokens: int) -> None:
+    def _scored_tokens(self) -> float:
+        """About how many tokens `report` passes through models."""
+        record = float(self.encoded.lengths().sum())
+        coded = self.encoded.encoder.n_coded if len(self.used) > 1 else 0
+        groups = 3
+        return record * (self._surprisal_orders + coded * self._n_orders + groups)
+
+    def _learnt(self, tokens: float) -> None:
         self._done = min(self._done + tokens, self._total)
         self._report_progress(self._done, self._total, self._what)
+
+    def _advance(self, tokens: int) -> None:
+        self._learnt(_SCORING_COST * tokens)
 
     # What was found.
 
@@ -275,6 +289,10 @@ class KnowledgeDiscovery:
         """Orders in which cells are scored: as many as asked for, fewer for many records."""
         per_order = float(self.encoded.lengths().sum()) * len(self.used)
         return max(1, min(self.n_permutations, int(_SCORED_TOKENS / max(1.0, per_order))))
+
+    @property
+    def _surprisal_orders(self) -> int:
+        return min(max(2, min(4, self._n_orders)), math.factorial(min(4, len(self.used))))
 
     @cached_property
     def _columns(self) -> Columns:
@@ -288,7 +306,7 @@ class KnowledgeDiscovery:
         bits, expected, z = np.zeros((n, width)), np.zeros((n, width)), np.zeros(n)
         for number, fold in enumerate(self._folds):
             part = fold.scorer.surprisal(
-                fold.test_encoded, n_orders=max(2, min(4, self._n_orders)),
+                fold.test_encoded, n_orders=self._surprisal_orders,
                 seed=(self.seed, 11, number), progress=self._advance,
             )  # fmt: skip
             bits[fold.test], expected[fold.test] = part.field_bits, part.expected_bits
@@ -530,18 +548,19 @@ class KnowledgeDiscovery:
         inside = np.zeros(len(self.records), bool)
         inside[np.asarray(rows, np.int64)] = True
         if background is None:
-            return terms_of(self._columns, inside, k)
+            return terms_of(self._columns, inside, self._results.repeats, k)
         some = np.unique(np.concatenate([np.flatnonzero(inside), np.asarray(background)]))
         part = replace(
             self._columns, records=self.records.take(some), codes=self.encoded.codes[some]
         )
-        return terms_of(part, inside[some], k)
+        return terms_of(part, inside[some], self._results.repeats, k)
 
     # The report.
 
     def report(self) -> dict[str, Any]:
         """Everything that findings.json and the page show, JSON-ready."""
         results, records = self._results, self.records
+        self._learnt(self._total)
         found = self.discover()
         unusual = self._unusual()
         rows = {row for finding in found[:200] for row in finding.rows[:5]}
@@ -552,7 +571,7 @@ class KnowledgeDiscovery:
         weights = metadata.tensor_digest(dict(self.model.named_parameters()))
         shape = self.model.config
         return {
-            "data": records.name,
+            "data": PurePath(records.name).name,
             "n": len(records),
             "seed": self.seed,
             "alpha": self.alpha,
@@ -698,7 +717,7 @@ class KnowledgeDiscovery:
             if finding.kind != "group":
                 continue
             g = int(finding.details["group"])
-            members = np.flatnonzero(groups.labels == g)
+            members = groups.members[g]
             parts.append(
                 {
                     "id": g,
@@ -709,8 +728,10 @@ class KnowledgeDiscovery:
                     "examples": members[:3].tolist(),
                 }
             )
-        known = {part["id"] for part in parts}
-        labels = [int(g) if int(g) in known else -1 for g in groups.labels[rows]]
+        of = np.full(n, -1)
+        for part in sorted(parts, key=lambda each: -each["size"]):  # the smallest are seen
+            of[groups.members[part["id"]]] = part["id"]
+        labels = of[rows].tolist()
         points = [[float(x), float(y), g] for (x, y), g in zip(flat, labels, strict=True)]
         return {"plane": points, "rows": rows.tolist(), "groups": parts}
 

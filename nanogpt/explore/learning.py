@@ -108,6 +108,11 @@ class Encoder:
     def n_fields(self) -> int:
         return len(self.fields)
 
+    @property
+    def n_coded(self) -> int:
+        """Fields whose values are classes."""
+        return sum(each is not None for each in self.classes)
+
     def place(self, name: str) -> int:
         """The number of a field. Raises: KeyError for one that is not used."""
         for place, field in enumerate(self.fields):

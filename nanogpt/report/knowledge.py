@@ -6,7 +6,7 @@ from typing import Any
 
 from nanogpt.report.page import template
 
-_MOST_FINDINGS, _MOST_UNUSUAL, _MOST_FIELDS = 100, 25, 40
+_OPEN_FINDINGS, _MOST_FINDINGS, _MOST_UNUSUAL, _MOST_FIELDS = 20, 100, 25, 40
 _LONGEST = 80
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#6b6862")
 """Told apart with any colour vision (Okabe and Ito 2008, darkened where they were too light)."""
@@ -45,7 +45,8 @@ def render_knowledge_report(report: Report) -> str:
             (f"{len(report['fields']):,}", "fields"),
             (f"{len(tested):,}", f"findings at a false discovery rate of {report['alpha']:g}"),
         ],
-        findings=shown,
+        findings=shown[:_OPEN_FINDINGS],
+        folded=shown[_OPEN_FINDINGS:],
         n_more=len(found) - len(shown),
         alpha=report["alpha"],
         fields=[_shown_field(field) for field in report["fields"]],
@@ -81,6 +82,8 @@ def _verdict(report: Report, tested: Sequence[Report]) -> str:
 
 def _shown_finding(finding: Report) -> dict[str, Any]:
     effect = "" if finding["q"] is None else f"{finding['effect']:,.3g} {finding['unit']}"
+    if finding["effect"] == 1:
+        effect = effect.replace("groups", "group").replace("1 records", "1 record")
     return {
         "kind": _KINDS.get(finding["kind"], finding["kind"]),
         "sentence": cut(finding["sentence"], 600),
