@@ -41,9 +41,9 @@ class PlantedTable:
 def planted_table(seed: int, *, n: int = ROWS, shuffled: bool = False) -> PlantedTable:
     """2,000 customers. Planted are:
 
-    a leak: the plan decides the tier; a dependency: spend rises with visits, and a city lies in a
-    country; a cluster: a tenth use a tablet through a partner at certain hours; 1 % of the rows have a
-    country or a tier of another row; ten rows are copies of others.
+    a leak, as the plan decides the tier; dependencies, as spend rises with visits and a city lies
+    in a country; a cluster, as a tenth use a tablet through a partner at certain hours; 1 % of the
+    rows with a country or a tier of another row; ten rows that are copies of others.
 
     Args:
         shuffled: every column is shuffled, so that nothing is there.
@@ -73,7 +73,8 @@ def planted_table(seed: int, *, n: int = ROWS, shuffled: bool = False) -> Plante
                 swapped[row] = field
     columns: dict[str, Sequence[Any]] = {
         "city": city, "country": country, "plan": plan, "tier": tier,
-        "visits": [f"{value:.1f}" for value in visits], "spend": [f"{value:.2f}" for value in spend],
+        "visits": [f"{value:.1f}" for value in visits],
+        "spend": [f"{value:.2f}" for value in spend],
         "device": device, "channel": channel, "hours": [f"{value:.1f}" for value in hours],
         "region": region,
     }  # fmt: skip
@@ -114,8 +115,8 @@ class Verdict:
 def judge(table: PlantedTable, findings: Sequence[Mapping[str, Any]]) -> Verdict:
     """Compare findings, strongest first, with the truth."""
     got: dict[str, set[Any]] = {
-        "leak": set(), "dependencies": set(), "cluster": set(), "swapped": set(), "duplicates": set()
-    }  # fmt: skip
+        name: set() for name in ("leak", "dependencies", "cluster", "swapped", "duplicates")
+    }
     copies = {row for pair in table.duplicates for row in pair}
     of_copy = {row: number for number, pair in enumerate(table.duplicates) for row in pair}
     inside = set(table.cluster.tolist())

@@ -299,22 +299,17 @@ class Scorer:
         *,
         n_orders: int = 1,
         seed: tuple[int, ...] = (0,),
-        without: int | None = None,
         progress: Progress = _nothing,
     ) -> np.ndarray:
         """(n, C) float64: a vector for each record, not centred.
 
-        The mean of the states at the ends of its values, later ones weighing more, as they know
-        more of the record; averaged over orders.
-
-        Args:
-            without: a field to leave out.
+        The mean of the states at its tokens, later ones weighing more, as they know more of the
+        record; averaged over orders.
         """
-        fields = np.array([f for f in range(self.encoder.n_fields) if f != without], np.int64)
         total = np.zeros((len(encoded), self.model.config.n_embd))
         for number in range(n_orders):
             rng = np.random.default_rng((*seed, number))
-            orders = fields[random_orders(rng, len(encoded), len(fields))]
+            orders = random_orders(rng, len(encoded), self.encoder.n_fields)
             total += self.states_of(encoded, orders, progress)
         return total / n_orders
 
