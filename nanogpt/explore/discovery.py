@@ -37,6 +37,7 @@ _MOST_UNUSUAL, _MOST_ROWS = 100, 1000
 _JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
 _LEAST_FOR_GROUPS = 60
 _RELATED = 0.05
+_ALIKE = 0.5  # of the bits that two fields are off by
 
 
 @dataclass(frozen=True)
@@ -544,7 +545,7 @@ def guilty_cells(results: Results) -> tuple[np.ndarray, np.ndarray]:
     places = list(results.cells)
     gain = np.stack([results.cells[place].gain_bits for place in places])
     worst = gain.max(axis=0)
-    close = gain >= 0.75 * worst
+    close = gain >= _ALIKE * worst
     chosen = len(places) - 1 - np.argmax(close[::-1], axis=0)
     return np.array(places)[chosen], worst
 
