@@ -167,17 +167,17 @@ def exceedance_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
     if np.isposinf(reference).any():
         scores = np.minimum(scores, finite.max())
     ordered = np.sort(np.minimum(reference, finite.max()))
-    threshold = ordered[-count - 1]
-    excess = ordered[-count:] - threshold
-    mean = float(excess.mean())
-    if not 0 < mean < np.inf:
+    threshold, top = ordered[-count - 1], ordered[-count:]
+    if not -np.inf < threshold < top[-1]:
         return plain
+    excess = top - threshold
+    mean = float(excess.mean())
     weights = (count - 1 - np.arange(count)) / (count - 1)
-    second = float((weights * excess).mean())
-    shape = 2 - mean / (mean - 2 * second) if mean > 2 * second else 0.0
-    scale = 2 * mean * second / (mean - 2 * second) if mean > 2 * second else mean
-    shape = max(shape, 0.0)
-    shape = min(shape, 0.9) + (1 + shape) / np.sqrt(count)
+    gap = mean - 2 * float((weights * excess).mean())  # of an exponential: mean / 2
+    fitted = min(max(2 - mean / gap, -1.0), 0.9) if gap > 0 else -1.0
+    scale = mean * (1 - fitted)
+    shape = max(fitted, 0.0)
+    shape += (1 + shape) / np.sqrt(count)
     beyond = np.maximum(scores - threshold, 0.0)
     with np.errstate(over="ignore"):
         tail = count / n * (1 + shape * beyond / scale) ** (-1 / shape)
