@@ -11,7 +11,6 @@ from nanogpt.explore.terms import words
 
 _SHINGLE, _HASHES, _BANDS = 3, 64, 16
 _MOST_IN_BUCKET = 50
-_PRIME = np.uint64((1 << 61) - 1)
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,22 @@ def near_duplicate_texts(texts: Sequence[str], threshold: float = 0.8) -> list[A
     """
     rows = [row for row, text in enumerate(texts) if words(text)]
     sets = {row: _shingles(texts[row]) for row in rows}
+    parent = {row: row for row in rows}
+    first_with: dict[frozenset[int], int] = {}
+    for row in rows:
+        parent[row] = first_with.setdefault(sets[row], row)
     rng = np.random.default_rng(1)
-    multiply = rng.integers(1, 2**31, size=_HASHES, dtype=np.uint64)
-    add = rng.integers(0, 2**31, size=_HASHES, dtype=np.uint64)
+    # Multiply-shift: the upper half of a 64-bit product that wraps around.
+    multiply, add = rng.integers(0, 2**64, size=(2, _HASHES), dtype=np.uint64)
+    multiply |= np.uint64(1)
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     per_band = _HASHES // _BANDS
-    for row in rows:
+    for row in first_with.values():
         values = np.fromiter(sets[row], np.uint64, len(sets[row])) & np.uint64(2**32 - 1)
-        signature = ((values[:, None] * multiply + add) % _PRIME).min(axis=0)
+        signature = ((values[:, None] * multiply + add) >> np.uint64(32)).min(axis=0)
         for band in range(_BANDS):
             part = signature[band * per_band : (band + 1) * per_band]
             buckets[band, part.tobytes()].append(row)
-    parent = {row: row for row in rows}
 
     def root(of: int) -> int:
         while parent[of] != of:
@@ -130,8 +133,8 @@ def near_duplicate_texts(texts: Sequence[str], threshold: float = 0.8) -> list[A
     compared: set[tuple[int, int]] = set()
     for bucket in buckets.values():
         for place, a in enumerate(bucket[:_MOST_IN_BUCKET]):
-            for b in bucket[place + 1 : _MOST_IN_BUCKET]:
-                if (a, b) not in compared:
+            for b in bucket[place + 1 :]:
+                if (a, b) not in compared and root(a) != root(b):
                     compared.add((a, b))
                     if _jaccard(sets[a], sets[b]) >= threshold:
                         parent[max(root(a), root(b))] = min(root(a), root(b))

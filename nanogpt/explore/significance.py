@@ -44,8 +44,8 @@ def permutation_test(
 
     Under the null hypothesis every assignment of the classes to the rows is equally likely. Mean
     and variance of the sum over all assignments are exact. Where fewer than ten of the resamples
-    reach the statistic, p is the tail of a gamma distribution with these two moments and the
-    resamples' skewness, never above what the resamples allow.
+    reach the statistic, p is the tail of a gamma distribution with these two moments, the exact
+    skewness and no less than the excess kurtosis, never above what the resamples allow.
 
     Args:
         scores: (R, K) finite, one row for each row of the data, or for each value of `rows`.
@@ -78,10 +78,25 @@ def permutation_test(
     exceed = int((draws >= z - 1e-9).sum())
     p = (exceed + 1) / (n_resamples + 1)
     if exceed < _FEW_EXCEED:
-        # The skewness has an error of its own: sqrt(6 / resamples), added to be careful.
-        skew = float((draws**3).mean()) + float(np.sqrt(6 / n_resamples))
+        skew = _tail_skew(centred / deviation, row_weight, class_weight)
         p = min(p, gamma_tail(z, skew))
     return PermutationTest(statistic, mean, deviation, max(p, _SMALLEST))
+
+
+def _tail_skew(scores: np.ndarray, row_weight: np.ndarray, class_weight: np.ndarray) -> float:
+    """The skewness of a gamma distribution as skewed and as heavy as a sum over assignments.
+
+    A score too rare to be seen in the resamples counts all the same. The third moment is exact,
+    the fourth that of rows which draw their classes independently.
+
+    Args:
+        scores: (R, K), whose rows and columns have mean 0 and whose sum has variance 1.
+    """
+    n = float(row_weight.sum())
+    third = float(row_weight @ scores**3 @ class_weight) * n / max(1.0, (n - 1) * (n - 2))
+    by_row = scores**2 @ class_weight / n
+    fourth = float(row_weight @ (scores**4 @ class_weight / n - 3 * by_row**2))
+    return max(third, float(np.sqrt(max(0.0, fourth) / 1.5)))  # a gamma's excess: 1.5 skewness^2
 
 
 def _resampled(
@@ -118,7 +133,7 @@ def gamma_tail(z: float, skew: float) -> float:
 
 def merged_p(values: list[float]) -> float:
     """One p-value of several for the same hypothesis, whatever their dependence (Bonferroni)."""
-    return min(1.0, len(values) * min(values, default=1.0))
+    return min(1.0, max(1, len(values)) * min(values, default=1.0))
 
 
 def conformal_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -139,27 +154,31 @@ def exceedance_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
     Where fewer than a twentieth of the reference lie, a generalised Pareto distribution goes on,
     fitted by probability-weighted moments and never lighter than an exponential; its shape is
     raised by its standard error, so that what is rare is not called impossible. Infinite scores
-    of the reference count as its largest.
+    count as the largest finite one where the reference holds some.
     Source: Hosking and Wallis 1987, Parameter and quantile estimation for the generalised Pareto
         distribution.
     """
-    ordered = np.sort(reference[np.isfinite(reference)])
-    n = len(ordered)
-    plain = conformal_p(ordered, scores)
+    plain = conformal_p(reference, scores)
+    n = len(reference)
     count = n // 20
-    if count < 10:
+    finite = reference[np.isfinite(reference)]
+    if count < 10 or not len(finite):
         return plain
-    threshold = ordered[-count - 1]
-    excess = ordered[-count:] - threshold
+    if np.isposinf(reference).any():
+        scores = np.minimum(scores, finite.max())
+    ordered = np.sort(np.minimum(reference, finite.max()))
+    threshold, top = ordered[-count - 1], ordered[-count:]
+    if not -np.inf < threshold < top[-1]:
+        return plain
+    excess = top - threshold
     mean = float(excess.mean())
-    if mean <= 0:
-        return plain
     weights = (count - 1 - np.arange(count)) / (count - 1)
-    second = float((weights * excess).mean())
-    shape = 2 - mean / (mean - 2 * second) if mean > 2 * second else 0.0
-    scale = 2 * mean * second / (mean - 2 * second) if mean > 2 * second else mean
-    shape = min(max(shape, 0.0), 0.9) + (1 + shape) / np.sqrt(count)
-    beyond = np.maximum(np.nan_to_num(scores, posinf=np.inf) - threshold, 0.0)
+    gap = mean - 2 * float((weights * excess).mean())  # of an exponential: mean / 2
+    fitted = min(max(2 - mean / gap, -1.0), 0.9) if gap > 0 else -1.0
+    scale = mean * (1 - fitted)
+    shape = max(fitted, 0.0)
+    shape += (1 + shape) / np.sqrt(count)
+    beyond = np.maximum(scores - threshold, 0.0)
     with np.errstate(over="ignore"):
         tail = count / n * (1 + shape * beyond / scale) ** (-1 / shape)
     return np.where(beyond > 0, np.minimum(plain, np.maximum(tail, _SMALLEST)), plain)

@@ -7,6 +7,7 @@ keyphrase extraction.
 
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ import numpy as np
 
 from nanogpt.explore.significance import benjamini_hochberg
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d]\w*(?:['’][^\W\d]\w*)*")
+# Accents and vowel signs that follow their letter are part of its word; \w does not hold them.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x3100)) if unicodedata.category(c)[0] == "M")
+_LETTERS = rf"[^\W\d][\w{_MARKS}]*"
+_WORD = re.compile(rf"\d+(?:[.,]\d+)*|{_LETTERS}(?:'{_LETTERS})*")
 _PRIOR_RECORDS = 10.0
 
 
 def words(text: str) -> list[str]:
     """Lower-cased words, numbers and identifiers of a text, in their order."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFC", text.lower()).replace("’", "'"))
 
 
 def fightin_words(

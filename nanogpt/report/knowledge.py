@@ -8,6 +8,8 @@ from nanogpt.report.page import template
 
 _OPEN_FINDINGS, _MOST_FINDINGS, _MOST_UNUSUAL, _MOST_FIELDS = 20, 100, 25, 40
 _LONGEST = 80
+_JOINERS = "\u200c\u200d"
+"""Invisible inside words of some scripts and inside emoji; other such characters are not shown."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#6b6862")
 """Told apart with any colour vision (Okabe and Ito 2008, darkened where they were too light)."""
 _KINDS = {
@@ -56,19 +58,27 @@ def render_knowledge_report(report: Report) -> str:
         plane=None if groups is None or not groups["groups"] else _plane(groups),
         legend=[] if groups is None else _legend(groups),
         no_groups=groups is not None and not groups["groups"],
-        drift=[(each["field"], _steps(each["values"]), each) for each in report["drift"]],
+        map_cut=_first_of(report["dependencies"]["fields"]),
+        drift=[_shown_drift(each) for each in report["drift"][:_MOST_FIELDS]],
+        drift_cut=_first_of(report["drift"]),
         quality=_quality(report["quality"]),
-        notes=report["notes"],
+        quality_cut=_first_of(report["quality"]),
+        notes=[cut(note, 600) for note in report["notes"]],
         tables=[("How it was found", _facts(report))],
     )
 
 
 def cut(text: str, most: int = _LONGEST) -> str:
     """A text in one printable line, cut where it is long."""
-    line = "".join(
-        c if c.isprintable() and c not in "\u202a\u202b\u202d\u202e" else " " for c in text
-    )
+    line = "".join(c if c.isprintable() or c in _JOINERS else " " for c in text)
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _first_of(shown: Sequence[Any]) -> str:
+    """What to say where not all fields are shown; "" where they are."""
+    if len(shown) <= _MOST_FIELDS:
+        return ""
+    return f"These are the first {_MOST_FIELDS} of {len(shown):,}; findings.json has them all."
 
 
 def _verdict(report: Report, tested: Sequence[Report]) -> str:
@@ -136,6 +146,10 @@ def _histogram(histogram: Report) -> str:
 
 def _shown_record(each: Report) -> dict[str, Any]:
     expected = ", ".join(f"{cut(str(v), 40)} ({p:.0%})" for v, p in each["expected"])
+    worst = [cell for cell in each["cells"] if cell["field"] == each["field"]]
+    shown = each["cells"][:_MOST_FIELDS]
+    if worst and worst[0] not in shown:
+        shown = [*shown[:-1], worst[0]]
     cells = [
         {
             "field": cut(cell["field"], 40),
@@ -143,12 +157,13 @@ def _shown_record(each: Report) -> dict[str, Any]:
             "guilty": cell["field"] == each["field"],
             "bits": f"{cell['bits']:.1f} bits",
         }
-        for cell in each["cells"][:_MOST_FIELDS]
+        for cell in shown
     ]
+    left = len(each["cells"]) - len(cells)
     z = "—" if each["z"] is None else f"{each['z']:.1f}"
     return {
         "line": f"{each['line']:,}", "z": z, "q": _q(each["q"]), "expected": expected,
-        "cells": cells, "field": cut(each["field"], 40),
+        "cells": cells, "n_left": f"{left:,}" if left else "", "field": cut(each["field"], 40),
     }  # fmt: skip
 
 
@@ -231,30 +246,41 @@ def _legend(groups: Report) -> list[dict[str, Any]]:
     ]
 
 
+def _shown_drift(each: Report) -> dict[str, str]:
+    of = "" if each["class"] is None else f" of {cut(each['class'])}"
+    first, last = cut(each["labels"][0], 40), cut(each["labels"][-1], 40)
+    return {
+        "heading": f"{cut(each['field'], 50)}: {each['what']}{of} in each eighth, "
+                   f"{first} to {last}",
+        "picture": _steps(each["values"]),
+    }  # fmt: skip
+
+
 def _steps(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
+    halves = [None if value is None else value / 2 for value in values]  # their span is finite
+    known = [half for half in halves if half is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     span = high - low or 1.0
     width = 240 / len(values)
     bars = "".join(
-        f'<rect class="bar" x="{i * width:.1f}" y="{44 - 40 * (v - low) / span:.1f}" '
-        f'width="{width - 2:.1f}" height="{4 + 40 * (v - low) / span:.1f}"/>'
-        for i, v in enumerate(values)
+        f'<rect class="bar" x="{i * width:.1f}" y="{44 - 40 * ((v - low) / span):.1f}" '
+        f'width="{width - 2:.1f}" height="{4 + 40 * ((v - low) / span):.1f}"/>'
+        for i, v in enumerate(halves)
         if v is not None
     )
     return f'<svg class="steps" viewBox="0 0 240 48" role="img">{bars}</svg>'
 
 
 def _quality(rows: Sequence[Report]) -> list[dict[str, Any]]:
-    top = max((row["unigram"] for row in rows), default=1.0) or 1.0
+    rows = rows[:_MOST_FIELDS]
+    measures = ("unigram", "nearest", "model")
+    top = max((row[name] or 0.0 for row in rows for name in measures), default=0.0) or 1.0
     found = []
-    for row in rows[:_MOST_FIELDS]:
+    for row in rows:
         bars = []
-        for place, (name, style) in enumerate(
-            (("unigram", "train"), ("nearest", "rate"), ("model", "val"))
-        ):
+        for place, (name, style) in enumerate(zip(measures, ("train", "rate", "val"), strict=True)):
             if row[name] is not None:
-                width = 300 * max(0.0, row[name]) / max(top, row[name])
+                width = 300 * max(0.0, row[name]) / top
                 bars.append(
                     f'<rect class="{style}" x="0" y="{place * 10}" width="{width:.1f}" height="8"/>'
                 )
@@ -262,10 +288,7 @@ def _quality(rows: Sequence[Report]) -> list[dict[str, Any]]:
             {
                 "field": cut(row["field"], 40),
                 "bars": f'<svg class="bars" viewBox="0 0 300 30" role="img">{"".join(bars)}</svg>',
-                "numbers": [
-                    "—" if row[name] is None else f"{row[name]:.2f}"
-                    for name in ("unigram", "nearest", "model")
-                ],
+                "numbers": ["—" if row[name] is None else f"{row[name]:.2f}" for name in measures],
                 "accuracy": f"{row['accuracy']:.0%}" if "accuracy" in row else "",
             }
         )
@@ -284,5 +307,5 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("bits", "how much less surprising a value is to who knows the finding; 1 bit halves the "
                  "values that it could be"),
         ("seed", str(report["seed"])),
-        ("versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items())),
+        ("versions", ", ".join(f"{name} {cut(each)}" for name, each in report["versions"].items())),
     ]  # fmt: skip
