@@ -72,15 +72,29 @@ class Results:
 
 
 def raw_bits(columns: Columns, surprisal: Surprisal, coded: Sequence[int]) -> np.ndarray:
-    """(n, F) bits of the very values: those of the classes, and of the value within its class."""
+    """(n, F) bits of the very values: those of the classes, and of the value within its class.
+
+    How often a value comes that was met once is told by how many were met twice, copies of whole
+    records apart (Good 1953, The population frequencies of species): a number with many digits is
+    much rarer than one in n.
+    """
     bits = surprisal.field_bits.copy()
+    n = len(columns.records)
     for place in coded:
         column = columns.records.column(columns.name(place))
-        values, codes = np.unique([value or "" for value in column], return_inverse=True)
-        count = np.bincount(codes, minlength=len(values))[codes]
+        codes = np.unique([value or "" for value in column], return_inverse=True)[1]
+        frequency = _frequencies(codes, columns.first_of_each)
         in_class = np.bincount(columns.codes[:, place])[columns.codes[:, place]]
-        bits[:, place] += np.log2(in_class / count)
+        bits[:, place] += np.log2(np.maximum(1.0, in_class / (n * frequency)))
     return bits
+
+
+def _frequencies(codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(n,) how frequent the value of each record is, by the records of `rows`."""
+    counts = np.bincount(codes[rows], minlength=int(codes.max()) + 1)
+    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
+    rare = min(1.0, 2 * (twice + 1) / (once + 1))
+    return np.where(counts > 1, counts, rare)[codes] / len(rows)
 
 
 def repeated_fields(columns: Columns, pairs: PairTests, coded: Sequence[int]) -> dict[int, int]:
@@ -214,8 +228,7 @@ def _duplicates(
 ) -> list[tuple[list[int], float]]:
     """Rows that are equal in every field used, and how likely chance alone makes another one."""
     records = columns.records
-    used = [records.column(field.name) for field in columns.fields]
-    found = exact_duplicates(list(zip(*used, strict=True)))
+    found = exact_duplicates(columns.keys)
     if not found:
         return []
     bits = raw_bits(columns, surprisal, coded).sum(axis=1)
@@ -224,7 +237,7 @@ def _duplicates(
 
 def _chance(n: int, bits: np.ndarray) -> float:
     """That one of n - 1 other records is equal to one of so many bits, at most."""
-    return float(min(1.0, (n - 1) * 2.0 ** -float(np.max(bits))))
+    return float(min(1.0, (n - 1) * 2.0 ** -float(np.min(bits))))
 
 
 def _near_duplicates(

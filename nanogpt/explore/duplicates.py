@@ -80,11 +80,6 @@ def near_duplicate_rows(columns: Sequence[np.ndarray]) -> list[NearRows]:
     return found
 
 
-def normalised(text: str) -> str:
-    """A text without case, punctuation and spaces of its own."""
-    return " ".join(words(text))
-
-
 def _shingles(text: str) -> frozenset[int]:
     """Numbers of the runs of three words, or of five letters where there are few words."""
     parts: Sequence[str] = words(text)

@@ -432,12 +432,17 @@ class KnowledgeDiscovery:
         return Completion(values, quantiles[1], (quantiles[0], quantiles[2]))
 
     def _quantile(self, target: int, p: np.ndarray, level: float) -> float:
-        """Of a number with these probabilities of its bins, even within each of them."""
+        """Of a number with these probabilities of its bins, spread over the values of each."""
         classes = self.encoded.encoder.classes[target]
         assert classes is not None
-        ends = np.array([classes.low, *classes.edges, classes.high])
-        total = np.concatenate([[0.0], np.cumsum(p / p.sum())])
-        return float(np.interp(level, total, ends))
+        numbers = self._columns.numbers(target)
+        known = np.flatnonzero(~np.isnan(numbers))
+        known = known[np.argsort(numbers[known], kind="stable")]
+        codes = self.encoded.codes[known, target]
+        weight = p / np.maximum(np.bincount(codes, minlength=len(p))[: len(p)], 1)
+        total = np.cumsum(weight[codes])
+        at = int(np.searchsorted(total, level * total[-1]))
+        return float(numbers[known[min(at, len(known) - 1)]])
 
     def impute(self) -> tuple[Records, list[tuple[int, str, str, float]]]:
         """The records with missing values filled in, and (row, field, value, probability) of each.
@@ -548,12 +553,12 @@ class KnowledgeDiscovery:
         inside = np.zeros(len(self.records), bool)
         inside[np.asarray(rows, np.int64)] = True
         if background is None:
-            return terms_of(self._columns, inside, self._results.repeats, k)
+            return terms_of(self._columns, inside, k=k)
         some = np.unique(np.concatenate([np.flatnonzero(inside), np.asarray(background)]))
         part = replace(
             self._columns, records=self.records.take(some), codes=self.encoded.codes[some]
         )
-        return terms_of(part, inside[some], self._results.repeats, k)
+        return terms_of(part, inside[some], k=k)
 
     # The report.
 

@@ -33,6 +33,23 @@ class Columns:
     def _numbers(self) -> dict[int, np.ndarray]:
         return {}
 
+    @cached_property
+    def keys(self) -> list[tuple[Value, ...]]:
+        """What each record says in the fields that are used."""
+        columns = [self.records.column(field.name) for field in self.fields]
+        return list(zip(*columns, strict=True))
+
+    @cached_property
+    def first_of_each(self) -> np.ndarray:
+        """Rows without those that repeat an earlier one."""
+        seen: set[tuple[Value, ...]] = set()
+        rows = []
+        for row, key in enumerate(self.keys):
+            if key not in seen:
+                seen.add(key)
+                rows.append(row)
+        return np.array(rows, np.int64)
+
     def numbers(self, place: int) -> np.ndarray:
         """(n,) of a number or date; NaN where there is none."""
         if place not in self._numbers:
