@@ -542,6 +542,27 @@ def test_imputing_what_lacks_nothing_writes_the_same_records(explore):
     assert read_records("full.csv") == read_records("whole.csv")
 
 
+def test_values_that_stand_there_once_are_not_guessed(explore):
+    rows = [
+        [*row[:1], SHAPES[row[0]], f"only-{n}" if n % 15 == 0 else None]
+        for n, row in enumerate(rows_of_things())
+    ]
+    Path("rare.csv").write_text(as_table(rows, ["colour", "shape", "label"]))
+    done = explore("--complete", "label", data="rare.csv")
+    assert done.code == 2
+    assert "--complete 'label': none of its values stands there twice" in done.err
+    flags = ["--output", "m.pth", "--run-dir", "run"]
+    done = explore(*flags, "--impute", "full.csv", data="rare.csv")
+    assert done.code == 0, done.err
+    assert "none of the 112 missing values can be guessed" in done.out
+    assert read_records("full.csv") == read_records("rare.csv")
+    rows[3][1] = None
+    Path("rarer.csv").write_text(as_table(rows, ["colour", "shape", "label"]))
+    done = explore("--output", "m.pth", "--impute", "full.csv", data="rarer.csv")
+    assert "full.csv: 1 missing value filled in" in done.out
+    assert "112 that cannot be guessed left as they are" in done.out
+
+
 # Runs that were cut off, and runs that are finished.
 
 
@@ -553,6 +574,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
     train = knowledge.train
 
     def cut(*arguments, **options):
+        if len(trained) == at - 1 and number == signal.SIGINT:
+            raise KeyboardInterrupt  # whoever runs tests in the background may ignore the signal
         if len(trained) == at - 1:
             os.kill(os.getpid(), number)
         return train(*arguments, **options)

@@ -152,11 +152,9 @@ def _read_question(config: ExploreConfig, records: Records, fields: Sequence[Fie
     for flag, text in asked.items():
         if text is not None and not _is_text(text):
             raise UsageError(f"{flag} is not UTF-8 text")
-    given, name = None, config.complete
-    if name is not None and _used_field("--complete", name, records, fields).kind == "text":
-        raise UsageError(
-            f"--complete {name!r}: that field is free text, whose values cannot be listed"
-        )
+    given = None
+    if config.complete is not None:
+        _check_completable(config.complete, records, fields)
     if config.given is not None:
         given = _read_pairs(config.given)
         if given is None:
@@ -182,6 +180,18 @@ def _read_question(config: ExploreConfig, records: Records, fields: Sequence[Fie
     if isinstance(query, dict):
         notes += _unknown_values("--query", query, records, fields)
     return _Question(config.complete, given, query, tuple(notes))
+
+
+def _check_completable(name: str, records: Records, fields: Sequence[Field]) -> None:
+    """Raises: UsageError for a field that has no values to choose from."""
+    field = _used_field("--complete", name, records, fields)
+    if field.kind == "text":
+        reason = "that field is free text, whose values cannot be listed"
+    elif not fit_classes(field, records.column(name)).n_own:
+        reason = "none of its values stands there twice, so there is none to expect again"
+    else:
+        return
+    raise UsageError(f"--complete {name!r}: {reason}")
 
 
 def _is_text(text: str) -> bool:
@@ -408,6 +418,7 @@ class _Exploration:
             checkpoint.write_atomically(target, lambda file: write_csv(filled, file))
             answers["impute"] = {
                 "file": self.config.impute,
+                "left": sum(column.count(None) for column in filled.columns),
                 "cells": [
                     {**self._place(row), "field": field, "value": value, "probability": float(p)}
                     for row, field, value, p in cells
@@ -530,16 +541,20 @@ def _answers_in_words(answers: Mapping[str, Any]) -> Iterable[str]:
         for each in answers["query"]:
             yield f"  {each['cosine']:+.3f}  line {each['line']}: {_record(each['record'])}"
     if "impute" in answers:
-        cells = answers["impute"]["cells"]
         yield ""
-        if not cells:
-            yield f"no value is missing: {answers['impute']['file']} holds the same records"
-            return
-        sure = sum(cell["probability"] for cell in cells) / len(cells)
-        yield (
-            f"{answers['impute']['file']}: {len(cells):,} missing values filled in, each with a "
-            f"probability of {sure:.0%} on average"
-        )
+        yield _imputed_in_words(answers["impute"])
+
+
+def _imputed_in_words(answer: Mapping[str, Any]) -> str:
+    cells, left, file = answer["cells"], answer["left"], answer["file"]
+    if not cells and not left:
+        return f"no value is missing: {file} holds the same records"
+    if not cells:
+        return f"none of the {left:,} missing values can be guessed: {file} holds the same records"
+    sure = sum(cell["probability"] for cell in cells) / len(cells)
+    values = f"{len(cells):,} missing value{'s' if len(cells) > 1 else ''} filled in"
+    more = f"; {left:,} that cannot be guessed left as they are" if left else ""
+    return f"{file}: {values}, each with a probability of {sure:.0%} on average{more}"
 
 
 def _completion_in_words(answer: Mapping[str, Any]) -> Iterable[str]:
