@@ -40,7 +40,7 @@ from nanogpt.rewards import (
     term_reward_fn,
 )
 from nanogpt.terms import read_terms
-from nanogpt.tokenizer import StreamDecoder, Tokenizer, tokenizer_from_dict
+from nanogpt.tokenizer import RecordTokenizer, StreamDecoder, Tokenizer, tokenizer_from_dict
 
 if TYPE_CHECKING:
     from nanogpt import _C
@@ -422,6 +422,12 @@ def _reward(
     Raises: InputError for what the vocabulary cannot write.
     """
     characters, terms = config.reward_chars, None
+    asked = characters is not None or config.reward_terms is not None
+    if asked and isinstance(tokenizer, RecordTokenizer):
+        raise InputError(
+            f"{config.model} was made by explore, whose whole values are single tokens: rewards "
+            f"are for models of text"
+        )
     if config.reward_terms is not None:
         terms = read_terms(config.reward_terms, "--reward-terms")
     if not isinstance(model, GPT):

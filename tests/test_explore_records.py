@@ -603,6 +603,13 @@ def test_what_is_written_is_read_back(tmp_path_factory, data):
     assert read_records(path, header=True) == records
 
 
+def test_what_commas_explain_is_no_table_of_semicolons(written):
+    """Between semicolons these quotes would be letters, and the rows agree as well."""
+    for row in ({"0": None, ";": ";"}, {"0": None, ";": None, "\r": None, "00": ";"}):
+        records = Records.from_rows([row])
+        assert read_records(written(as_csv(records)), header=True) == records
+
+
 def test_numbers_as_names_are_read_back_as_names(written):
     records = Records.from_rows([{"1": "3", "2": "4.5"}, {"1": "5", "2": None}])
     assert read_records(written(as_csv(records))) == records

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanogpt import checkpoint
 from nanogpt.config import ExploreConfig
 from nanogpt.errors import InputError, UsageError
-from nanogpt.explore.fields import describe_fields
-from nanogpt.explore.knowledge import KnowledgeDiscovery
+from nanogpt.explore.fields import Field, as_numbers, describe_fields, fit_classes
+from nanogpt.explore.knowledge import KnowledgeDiscovery, reading_notes, record_of_text
+from nanogpt.explore.learning import width_and_heads
 from nanogpt.explore.records import Records, Value, read_records, write_csv
 from nanogpt.interruption import terminable
 from nanogpt.machine import resolve_device, set_threads, versions
@@ -36,6 +38,8 @@ FINAL = "final"
 _SHOWN_FINDINGS, _SHOWN_ROWS = 20, 10
 _COMPLETED_ROWS = 200
 _SHOWN_LETTERS = 60
+_ASIDE = {"constant": "it is the same in every record", "id": "it is different in every record"}
+"""Kinds of fields that tell nothing about the others, and why."""
 _FOR_PROGRAMS = (
     "data", "n", "seed", "versions", "alpha", "model", "folds", "unit", "fields", "quality",
     "notes", "findings",
@@ -51,12 +55,15 @@ def run(config: ExploreConfig) -> int:
     with terminable():
         assert config.data is not None
         records = read_records(config.data, None if config.format == "auto" else config.format)
-        question = _read_question(config, records)
         initial = checkpoint.load(config.init)[0] if config.init else None
+        KnowledgeDiscovery(initial).check(records)
+        fields = describe_fields(records)
+        _check_shape(config, fields, initial)
+        question = _read_question(config, records, fields)
         identity = make_identity(config, records.digest, None, initial)
         path = run_path(config, Path(config.data).stem or "data", None, identity)
         with RunDirectory(path, warn=_say) as folder:
-            exploration = _Exploration(config, records, question, initial, device, folder)
+            exploration = _Exploration(config, records, fields, question, initial, device, folder)
             return exploration.carry_out(goes_on(config, folder, identity), identity)
 
 
@@ -101,6 +108,23 @@ def _check_flags(config: ExploreConfig) -> None:
             checkpoint.check_writable(Path(name), flag)
 
 
+def _check_shape(config: ExploreConfig, fields: Sequence[Field], initial: GPT | None) -> None:
+    """Raises: UsageError for a shape that is impossible, or not that of the model of --init."""
+    if initial is None:
+        texts = any(field.kind == "text" for field in fields)
+        width, heads = width_and_heads(texts, n_head=config.n_head, n_embd=config.n_embd)
+        if width % heads:
+            raise UsageError(
+                f"--n-head {heads} does not divide the width, {width}: set --n-embd to a multiple"
+            )
+        return
+    for name in ("n_layer", "n_head", "n_embd"):
+        ours, theirs = getattr(config, name), getattr(initial.config, name)
+        if ours not in (None, theirs):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {ours}: the model of --init has {theirs}")
+
+
 @dataclass(frozen=True)
 class _Question:
     """What the user asks beside the findings.
@@ -109,22 +133,28 @@ class _Question:
         complete: the field, or None.
         given: what is known of the record to complete; None for the records themselves.
         query: the text or record that others are compared with, or None.
+        notes: sentences on values that no record has.
     """
 
     complete: str | None
     given: dict[str, Value] | None
     query: str | dict[str, Value] | None
+    notes: tuple[str, ...]
 
     @property
     def asked(self) -> bool:
         return self.complete is not None or self.query is not None
 
 
-def _read_question(config: ExploreConfig, records: Records) -> _Question:
-    """Raises: UsageError for fields that the records do not have."""
+def _read_question(config: ExploreConfig, records: Records, fields: Sequence[Field]) -> _Question:
+    """Raises: UsageError for what these records cannot answer."""
+    asked = {"--complete": config.complete, "--given": config.given, "--query": config.query}
+    for flag, text in asked.items():
+        if text is not None and not _is_text(text):
+            raise UsageError(f"{flag} is not UTF-8 text")
     given = None
     if config.complete is not None:
-        _check_field("--complete", config.complete, records)
+        _check_completable(config.complete, records, fields)
     if config.given is not None:
         given = _read_pairs(config.given)
         if given is None:
@@ -132,7 +162,7 @@ def _read_question(config: ExploreConfig, records: Records) -> _Question:
                 f"--given {config.given!r} must be FIELD=VALUE, with commas between several"
             )
         for name in given:
-            _check_field("--given", name, records)
+            _used_field("--given", name, records, fields)
         if config.complete in given:
             raise UsageError(f"--given tells {config.complete}, which is what --complete asks for")
     query: str | dict[str, Value] | None = config.query
@@ -141,8 +171,64 @@ def _read_question(config: ExploreConfig, records: Records) -> _Question:
             raise UsageError("--query is empty: give a text to compare records with")
         pairs = _read_pairs(config.query)
         if pairs is not None and set(pairs) <= set(records.names):
+            for name in pairs:
+                _used_field("--query", name, records, fields)
             query = pairs
-    return _Question(config.complete, given, query)
+        else:
+            query = _values_named(config.query, records, fields)
+    notes = [*_unknown_values("--given", given, records, fields)]
+    if isinstance(query, dict):
+        notes += _unknown_values("--query", query, records, fields)
+    return _Question(config.complete, given, query, tuple(notes))
+
+
+def _check_completable(name: str, records: Records, fields: Sequence[Field]) -> None:
+    """Raises: UsageError for a field that has no values to choose from."""
+    field = _used_field("--complete", name, records, fields)
+    if field.kind == "text":
+        reason = "that field is free text, whose values cannot be listed"
+    elif not fit_classes(field, records.column(name)).n_own:
+        reason = "none of its values stands there twice, so there is none to expect again"
+    else:
+        return
+    raise UsageError(f"--complete {name!r}: {reason}")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _values_named(text: str, records: Records, fields: Sequence[Field]) -> str | dict[str, Value]:
+    """The text where there are text fields to compare it with, or the values that it names.
+
+    Raises: UsageError where it names none.
+    """
+    used = [field for field in fields if field.kind not in _ASIDE]
+    if any(field.kind == "text" for field in used):
+        return text
+    classes = [fit_classes(field, records.column(field.name)) for field in used]
+    try:
+        return record_of_text(text, used, classes)
+    except ValueError as error:
+        raise UsageError(f"--query: {error}") from None
+
+
+def _unknown_values(
+    flag: str, asked: Mapping[str, Value] | None, records: Records, fields: Sequence[Field]
+) -> Iterable[str]:
+    """A sentence on every value that the models can only take for another one."""
+    for field in fields:
+        value = None if asked is None else asked.get(field.name)
+        if value is None:
+            continue
+        if field.kind == "category" and value not in records.column(field.name):
+            yield f"{flag}: no record has {field.name}={_short(value)}; it counts as another value"
+        elif field.kind in ("number", "date") and np.isnan(as_numbers([value], field.kind)[0]):
+            yield f"{flag}: {field.name}={_short(value)} is no {field.kind}"
 
 
 def _read_pairs(text: str) -> dict[str, Value] | None:
@@ -157,12 +243,17 @@ def _read_pairs(text: str) -> dict[str, Value] | None:
     return {name.strip(): value for name, _, value in pairs}
 
 
-def _check_field(flag: str, name: str, records: Records) -> None:
+def _used_field(flag: str, name: str, records: Records, fields: Sequence[Field]) -> Field:
+    """Raises: UsageError for a field that is not there, or of which nothing is learnt."""
     if name not in records.names:
         close = difflib.get_close_matches(name, records.names, n=1, cutoff=0.0)
         raise UsageError(
             f"{flag} {name!r}: {records.name} has no such field; the nearest is {close[0]!r}"
         )
+    field = fields[records.names.index(name)]
+    if field.kind in _ASIDE:
+        raise UsageError(f"{flag} {name!r}: that field is set aside, as {_ASIDE[field.kind]}")
+    return field
 
 
 class _TrainedModels:
@@ -205,12 +296,14 @@ class _Exploration:
         self,
         config: ExploreConfig,
         records: Records,
+        fields: Sequence[Field],
         question: _Question,
         initial: GPT | None,
         device: torch.device,
         folder: RunDirectory,
     ) -> None:
-        self.config, self.records, self.question = config, records, question
+        self.config, self.records, self.fields = config, records, fields
+        self.question = question
         self.initial, self.device, self.folder = initial, device, folder
         self.output = Path(config.output)
         self.notes: list[str] = []
@@ -223,8 +316,9 @@ class _Exploration:
         with self.progress:
             for note in self.records.notes:
                 self._note(note)
-            self._say(_what_was_read(self.records))
-            discovery.check(self.records)
+            self._say(_what_was_read(self.records, self.fields))
+            for note in (*reading_notes(self.fields), *self.question.notes):
+                self._note(note)
             if not begun:
                 content = {"identity": dict(identity), "versions": versions()}
                 self.folder.begin(content, flags_as_text(self.config))
@@ -324,6 +418,7 @@ class _Exploration:
             checkpoint.write_atomically(target, lambda file: write_csv(filled, file))
             answers["impute"] = {
                 "file": self.config.impute,
+                "left": sum(column.count(None) for column in filled.columns),
                 "cells": [
                     {**self._place(row), "field": field, "value": value, "probability": float(p)}
                     for row, field, value, p in cells
@@ -338,7 +433,8 @@ class _Exploration:
             answer = {"given": self.question.given, **_completion_as_dict(completion)}
             return {"field": field, "answers": [answer]}
         column = self.records.column(field)
-        rows = [row for row, value in enumerate(column) if value is None]
+        words = self.fields[self.records.names.index(field)].words
+        rows = [row for row, value in enumerate(column) if value is None or value in words]
         if not rows:
             held_out = discovery.held_out(field)
             return {"field": field, "answers": [], "held_out": held_out}
@@ -403,13 +499,15 @@ class _Exploration:
         _say(f"findings: {files['findings_file']}")
 
 
-def _what_was_read(records: Records) -> str:
+def _what_was_read(records: Records, fields: Sequence[Field]) -> str:
     """Records, fields, and which of them tell nothing about the others."""
-    described = describe_fields(records)
-    why = {"constant": "always the same", "id": "a name of each record"}
-    aside = [f"{_short(f.name)} ({why[f.kind]})" for f in described if f.kind in why]
-    fields = f"{len(described):,} field{'s' if len(described) != 1 else ''}"
-    text = f"{records.name}: {len(records):,} records of {fields}"
+    aside = [f"{_short(f.name)} ({_ASIDE[f.kind]})" for f in fields if f.kind in _ASIDE]
+    return _size_in_words(records.name, len(records), len(fields), aside)
+
+
+def _size_in_words(name: str, n: int, n_fields: int, aside: Sequence[str]) -> str:
+    fields = f"{n_fields:,} field{'s' if n_fields != 1 else ''}"
+    text = f"{name}: {n:,} records of {fields}"
     return f"{text}; set aside: {', '.join(aside)}" if aside else text
 
 
@@ -420,8 +518,7 @@ def _findings_in_words(report: Mapping[str, Any], where: str) -> Iterable[str]:
         for field in report["fields"]
         if field["role"] != "used"
     ]
-    text = f"{report['data']}: {report['n']:,} records of {len(report['fields']):,} fields"
-    yield f"{text}; set aside: {', '.join(aside)}" if aside else text
+    yield _size_in_words(report["data"], report["n"], len(report["fields"]), aside)
     rate = f"at a false discovery rate of {report['alpha']:g}"
     if not found:
         yield f"nothing was found {rate}"
@@ -444,16 +541,20 @@ def _answers_in_words(answers: Mapping[str, Any]) -> Iterable[str]:
         for each in answers["query"]:
             yield f"  {each['cosine']:+.3f}  line {each['line']}: {_record(each['record'])}"
     if "impute" in answers:
-        cells = answers["impute"]["cells"]
         yield ""
-        if not cells:
-            yield f"no value is missing: {answers['impute']['file']} holds the same records"
-            return
-        sure = sum(cell["probability"] for cell in cells) / len(cells)
-        yield (
-            f"{answers['impute']['file']}: {len(cells):,} missing values filled in, each with a "
-            f"probability of {sure:.0%} on average"
-        )
+        yield _imputed_in_words(answers["impute"])
+
+
+def _imputed_in_words(answer: Mapping[str, Any]) -> str:
+    cells, left, file = answer["cells"], answer["left"], answer["file"]
+    if not cells and not left:
+        return f"no value is missing: {file} holds the same records"
+    if not cells:
+        return f"none of the {left:,} missing values can be guessed: {file} holds the same records"
+    sure = sum(cell["probability"] for cell in cells) / len(cells)
+    values = f"{len(cells):,} missing value{'s' if len(cells) > 1 else ''} filled in"
+    more = f"; {left:,} that cannot be guessed left as they are" if left else ""
+    return f"{file}: {values}, each with a probability of {sure:.0%} on average{more}"
 
 
 def _completion_in_words(answer: Mapping[str, Any]) -> Iterable[str]:

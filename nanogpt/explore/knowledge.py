@@ -28,7 +28,13 @@ from nanogpt.explore.discovery import (
     investigate,
     terms_of,
 )
-from nanogpt.explore.fields import Field, as_numbers, describe_fields, number_text
+from nanogpt.explore.fields import (
+    Field,
+    FieldClasses,
+    as_numbers,
+    describe_fields,
+    number_text,
+)
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import plane
 from nanogpt.explore.learning import Encoded, Encoder, LearningPlan, make_plan, train
@@ -175,11 +181,7 @@ class KnowledgeDiscovery:
         theirs = [(field.name, field.kind) for field in encoder.fields]
         ours = [(field.name, field.kind) for field in used]
         if theirs != ours:
-            name, kind = next((pair for pair in theirs if pair not in ours), theirs[-1])
-            raise InputError(
-                f"the model of --init is of other fields: it knows {name!r} as a {kind}, and these "
-                f"records have {', '.join(repr(each) for each, _ in ours[:6])}"
-            )
+            raise InputError(f"the model of --init is of other fields: {_difference(theirs, ours)}")
         return encoder
 
     def fit(
@@ -506,7 +508,7 @@ class KnowledgeDiscovery:
         """
         encoder = self.encoded.encoder
         if isinstance(record, str):
-            record = self._as_record(record)
+            record = record_of_text(record, encoder.fields, encoder.classes)
         places = [place for place, each in enumerate(encoder.fields) if each.name in record]
         if not places:
             raise ValueError("the record has none of the fields")
@@ -523,28 +525,6 @@ class KnowledgeDiscovery:
         cosine = states[1:] @ states[0]
         best = np.argsort(-cosine, kind="stable")[:k]
         return [(row, float(cosine[row])) for row in best.tolist()]
-
-    def _as_record(self, text: str) -> dict[str, Value]:
-        encoder = self.encoded.encoder
-        written = [
-            field.name
-            for field, each in zip(encoder.fields, encoder.classes, strict=True)
-            if each is None
-        ]
-        if written:
-            return dict.fromkeys(written, text)
-        known = set(words(text)) | {text.strip().lower()}
-        found: dict[str, Value] = {}
-        for field, each in zip(encoder.fields, encoder.classes, strict=True):
-            assert each is not None
-            for value in each.values:
-                if value.lower() in known:
-                    found.setdefault(field.name, value)
-        if not found:
-            raise ValueError(
-                f"nothing of {short(text)!r} is a value of a field: write FIELD=VALUE,…"
-            )
-        return found
 
     def key_terms(
         self, rows: Sequence[int] | np.ndarray, background: Sequence[int] | None = None, k: int = 20
@@ -620,12 +600,7 @@ class KnowledgeDiscovery:
                 notes.append(f"{field.name} was set aside: it is different in every record")
             if field.kind == "constant":
                 notes.append(f"{field.name} was set aside: it is the same in every record")
-            if field.words:
-                names = ", ".join(repr(word) for word in field.words)
-                notes.append(f"{field.name}: {names} was read as missing")
-            if field.odd:
-                notes.append(f"{field.name}: {field.odd:,} values are no {field.kind}s")
-        return notes
+        return [*notes, *reading_notes(self.fields)]
 
     def _field_part(self, field: Field) -> dict[str, Any]:
         column = self.records.column(field.name)
@@ -790,6 +765,60 @@ class KnowledgeDiscovery:
         }
 
 
+def record_of_text(
+    text: str, fields: Sequence[Field], classes: Sequence[FieldClasses | None]
+) -> dict[str, Value]:
+    """What a text tells of a record: all of it its text fields, or else the values it names.
+
+    Args:
+        classes: of the fields, None for a text.
+    Raises: ValueError where there is no text field and nothing of it is a value.
+    """
+    pairs = list(zip(fields, classes, strict=True))
+    written = [field.name for field, each in pairs if each is None]
+    if written:
+        return dict.fromkeys(written, text)
+    known = set(words(text)) | {text.strip().lower()}
+    found: dict[str, Value] = {}
+    for field, each in pairs:
+        for value in each.values if each is not None else ():
+            if value.lower() in known:
+                found.setdefault(field.name, value)
+    if not found:
+        raise ValueError(f"nothing of {short(text)!r} is a value of a field: write FIELD=VALUE,…")
+    return found
+
+
+def reading_notes(fields: Sequence[Field]) -> list[str]:
+    """Sentences on values that were read as something else than what is written."""
+    notes = []
+    for field in fields:
+        if field.words:
+            names = ", ".join(repr(word) for word in field.words)
+            notes.append(f"{field.name}: {names} was read as missing")
+        if field.odd:
+            odd = f"1 value is no {field.kind}"
+            if field.odd > 1:
+                odd = f"{field.odd:,} values are no {field.kind}s"
+            notes.append(f"{field.name}: {odd}")
+    return notes
+
+
+def _difference(theirs: Sequence[tuple[str, str]], ours: Sequence[tuple[str, str]]) -> str:
+    """How (name, kind) of a model's fields differ from those of records, in words."""
+    if sorted(theirs) == sorted(ours):
+        return "it knows the same ones in another order"
+    here = dict(ours)
+    for name, kind in theirs:
+        if name not in here:
+            known = ", ".join(repr(each) for each, _ in ours[:6])
+            return f"it knows {name!r} as a {kind}, and these records have {known}"
+        if here[name] != kind:
+            return f"it knows {name!r} as a {kind}, and in these records it is a {here[name]}"
+    name = next(name for name, _ in ours if name not in dict(theirs))
+    return f"it does not know {name!r}, which these records have"
+
+
 def _digits(column: Sequence[Value]) -> int:
     """Digits behind the point that most of a field's numbers have."""
     found = [len(value.partition(".")[2]) for value in column[:1000] if value]
@@ -806,4 +835,12 @@ def discover(path: str, **options: Any) -> dict[str, Any]:
     return KnowledgeDiscovery(**options).fit(read_records(path)).report()
 
 
-__all__ = ["Anomalies", "Completion", "KnowledgeDiscovery", "Store", "discover"]
+__all__ = [
+    "Anomalies",
+    "Completion",
+    "KnowledgeDiscovery",
+    "Store",
+    "discover",
+    "reading_notes",
+    "record_of_text",
+]

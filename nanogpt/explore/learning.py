@@ -314,6 +314,12 @@ class LearningPlan:
         return self.epochs * self.views * -(-n // self.batch_size)
 
 
+def width_and_heads(texts: bool, *, n_head: int | None, n_embd: int | None) -> tuple[int, int]:
+    """Those asked for, or what suits records with free text or without."""
+    width = n_embd or (128 if texts else 64)
+    return width, n_head or (4 if width % 4 == 0 else 1)
+
+
 def make_plan(
     encoded: Encoded,
     *,
@@ -331,12 +337,12 @@ def make_plan(
         batch_size = 1 << max(0, round(math.log2(max(1, shows / _STEPS))))
         batch_size = min(_MOST_BATCH, max(_LEAST_BATCH, batch_size))
     longest = int(encoded.lengths().max(initial=2)) - 1
-    width = n_embd or (128 if encoded.texts else 64)
+    width, heads = width_and_heads(bool(encoded.texts), n_head=n_head, n_embd=n_embd)
     shape = GPTConfig(
         vocab_size=encoded.encoder.tokenizer.vocab_size,
         block_size=max(8, min(_LONGEST_CONTEXT, longest)),
         n_layer=n_layer or 2,
-        n_head=n_head or (4 if width % 4 == 0 else 1),
+        n_head=heads,
         n_embd=width,
         dropout=_DROPOUT,
     )

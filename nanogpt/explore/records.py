@@ -564,18 +564,17 @@ def _scan(
 def _find_dialect(sample: Sequence[tuple[int, bytes]], preferred: bytes) -> _Dialect:
     """The delimiter and the quote under which most records have as many fields as the first."""
     order = (preferred, *(one for one in _DELIMITERS if one != preferred))
-    found = [
-        _measure(sample, _Dialect(delimiter, quote))
-        for delimiter in order
-        for quote in _possible_quotes(sample, delimiter)
-    ]
 
-    def merit(dialect: _Dialect) -> tuple[bool, float, bool]:
+    def merit(dialect: _Dialect) -> tuple[bool, float]:
+        return dialect.fields > 1, dialect.agreement
+
+    def best(delimiter: bytes) -> _Dialect:
         # Where quotes as letters explain the rows as well, they are letters.
-        several = dialect.fields > 1
-        return several, dialect.agreement, several and dialect.quote is None
+        quotes = _possible_quotes(sample, delimiter)
+        found = [_measure(sample, _Dialect(delimiter, quote)) for quote in quotes]
+        return max(found, key=lambda d: (*merit(d), d.fields > 1 and d.quote is None))
 
-    return max(found, key=merit)
+    return max(map(best, order), key=merit)
 
 
 def _measure(sample: Sequence[tuple[int, bytes]], dialect: _Dialect) -> _Dialect:

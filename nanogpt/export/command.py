@@ -19,11 +19,12 @@ import torch
 from nanogpt import checkpoint
 from nanogpt.cli import TERMINATED
 from nanogpt.config import ExportConfig
-from nanogpt.errors import NanoGPTError, UsageError
+from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.export import archive, gguf, hf, torchscript
 from nanogpt.export.quantize import QUANTIZATIONS, weights_of
 from nanogpt.export.verify import Agreement, compare
 from nanogpt.model import GPT
+from nanogpt.tokenizer import RecordTokenizer
 
 OUTPUTS = {
     "torchscript": "model.pt",
@@ -112,6 +113,11 @@ def export_model(
     """
     output = Path(output)
     check_combination(format, quantize, output)
+    if format in ("hf", "gguf") and isinstance(model.tokenizer, RecordTokenizer):
+        raise InputError(
+            f"the model was made by explore, whose whole values are single tokens, and {format} "
+            f"has no word for these: use torchscript or safetensors"
+        )
     if format == "gguf":
         gguf.check(model, quantize)
     with _put_into_place(output) as path:
