@@ -20,6 +20,7 @@ _TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
 _CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05)
 _LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _TOLERANCE = 2.0  # nats
+_NEARLY_SURE = 0.9
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,13 @@ def test_cells(
             [logs[k] for k in others], [observed[k] for k in others], [shares[k] for k in others]
         )
         inflation = _inflation(
-            np.concatenate([_tails(logs[k], observed[k], fit[0], floors[k]) for k in others]),
-            fit[1],
+            np.concatenate([fit.tails(logs[k], observed[k], floors[k]) for k in others]),
+            fit.contamination,
         )
         fits.append(fit)
         rows, codes, log_p = fold.test, observed[number], logs[number]
         at = np.arange(len(rows))
-        tails = _tails(log_p, codes, fit[0], floors[number])
+        tails = fit.tails(log_p, codes, floors[number])
         columns["p"][rows] = np.minimum(1.0, tails * inflation)
         columns["bits"][rows] = -log_p[at, codes] / np.log(2)
         columns["gain_bits"][rows] = (log_p.max(axis=1) - log_p[at, codes]) / np.log(2)
@@ -149,8 +150,8 @@ def test_cells(
         gain_bits=columns["gain_bits"],
         expected=columns["expected"].astype(np.int64),
         expected_p=columns["expected_p"],
-        temperature=float(np.median([fit[0] for fit in fits])),
-        contamination=float(np.median([fit[1] for fit in fits])),
+        temperature=float(np.median([fit.temperature for fit in fits])),
+        contamination=float(np.median([fit.contamination for fit in fits])),
         unigram_bits=columns["unigram"],
         correct=columns["correct"].astype(bool),
         joint_p=merged_p(joint),
@@ -184,9 +185,31 @@ def _tails(
     return np.where(p <= at[:, None] * (1 + 1e-9), p, 0.0).sum(axis=1)
 
 
+@dataclass(frozen=True)
+class _Mixture:
+    """What the values of a field are in records that are in order, and how many stand elsewhere.
+
+    Attributes:
+        temperature: of the distributions where one value is nearly sure; what else is met there is
+            misplaced.
+        contamination: the part of misplaced values.
+        plain: the temperature, 1 or more, of the other distributions.
+    """
+
+    temperature: float
+    contamination: float
+    plain: float
+
+    def tails(self, log_p: np.ndarray, codes: np.ndarray, floor: np.ndarray) -> np.ndarray:
+        """(n,) chance of values as improbable as the observed ones."""
+        sure = log_p.max(axis=1) >= np.log(_NEARLY_SURE)
+        sharp = _tails(log_p, codes, self.temperature, floor)
+        return np.where(sure, sharp, _tails(log_p, codes, self.plain, floor))
+
+
 def _fit_mixture(
     logs: Sequence[np.ndarray], codes: Sequence[np.ndarray], shares: Sequence[np.ndarray]
-) -> tuple[float, float]:
+) -> "_Mixture":
     """Temperature and contamination of held-out values: (1 - e) p_T(v | rest) + e share(v).
 
     A model that has met misplaced values expects some more of them, spread as the field's values
@@ -210,10 +233,11 @@ def _fit_mixture(
     best_plain = max(plain)
     enough = max(best_plain, max(mixed)[:2])[0] - _TOLERANCE
     temperature = min(t for value, t, _ in [*mixed, (*best_plain, 0.0)] if value >= enough)
+    plainest = max(1.0, best_plain[1])
     if temperature < 1:
         _, part = max((value, part) for value, t, part in mixed if t == temperature)
-        return temperature, part
-    return max(1.0, best_plain[1]), 0.0
+        return _Mixture(temperature, part, plainest)
+    return _Mixture(plainest, 0.0, plainest)
 
 
 def _inflation(tails: np.ndarray, contamination: float) -> float:

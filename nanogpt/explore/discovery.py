@@ -71,30 +71,44 @@ class Results:
     q: dict[str, np.ndarray]
 
 
-def raw_bits(columns: Columns, surprisal: Surprisal, coded: Sequence[int]) -> np.ndarray:
-    """(n, F) bits of the very values: those of the classes, and of the value within its class.
+class _ValueBits:
+    """Bits of the very values: those of their classes, and of each value within its class.
 
     How often a value comes that was met once is told by how many were met twice, copies of whole
     records apart (Good 1953, The population frequencies of species): a number with many digits is
     much rarer than one in n.
     """
-    bits = surprisal.field_bits.copy()
-    n = len(columns.records)
-    for place in coded:
-        column = columns.records.column(columns.name(place))
-        codes = np.unique([value or "" for value in column], return_inverse=True)[1]
-        frequency = _frequencies(codes, columns.first_of_each)
-        in_class = np.bincount(columns.codes[:, place])[columns.codes[:, place]]
-        bits[:, place] += np.log2(np.maximum(1.0, in_class / (n * frequency)))
-    return bits
 
+    def __init__(self, columns: Columns, surprisal: Surprisal, coded: Sequence[int]) -> None:
+        self.class_bits, self.coded = surprisal.field_bits, coded
+        self.first = np.zeros(len(columns.records), bool)
+        self.first[columns.first_of_each] = True
+        self.n = int(self.first.sum())
+        self.codes: dict[int, np.ndarray] = {}
+        self.counts: dict[int, np.ndarray] = {}
+        self.in_class: dict[int, np.ndarray] = {}
+        for place in coded:
+            column = columns.records.column(columns.name(place))
+            codes = np.unique([value or "" for value in column], return_inverse=True)[1]
+            classes = columns.codes[:, place]
+            self.codes[place] = codes
+            self.counts[place] = np.bincount(codes[self.first], minlength=int(codes.max()) + 1)
+            self.in_class[place] = np.bincount(classes)[classes] / len(classes)
 
-def _frequencies(codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(n,) how frequent the value of each record is, by the records of `rows`."""
-    counts = np.bincount(codes[rows], minlength=int(codes.max()) + 1)
-    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-    rare = min(1.0, 2 * (twice + 1) / (once + 1))
-    return np.where(counts > 1, counts, rare)[codes] / len(rows)
+    def of(self, rows: Sequence[int]) -> np.ndarray:
+        """(rows, F) bits of records that are like each other, which count as one for the others."""
+        bits = self.class_bits[list(rows)].copy()
+        for place in self.coded:
+            codes, counts = self.codes[place][list(rows)], self.counts[place]
+            again = np.array(
+                [(self.first[list(rows)] & (codes == code)).sum() - 1 for code in codes.tolist()]
+            )
+            left = counts[codes] - np.maximum(again, 0)
+            rare = min(1.0, 2 * ((counts == 2).sum() + 1) / ((counts == 1).sum() + 1))
+            frequency = np.where(left > 1, left, rare) / self.n
+            within = self.in_class[place][list(rows)] / frequency
+            bits[:, place] += np.log2(np.maximum(1.0, within))
+        return bits
 
 
 def repeated_fields(columns: Columns, pairs: PairTests, coded: Sequence[int]) -> dict[int, int]:
@@ -227,12 +241,12 @@ def _duplicates(
     columns: Columns, surprisal: Surprisal, coded: Sequence[int]
 ) -> list[tuple[list[int], float]]:
     """Rows that are equal in every field used, and how likely chance alone makes another one."""
-    records = columns.records
     found = exact_duplicates(columns.keys)
     if not found:
         return []
-    bits = raw_bits(columns, surprisal, coded).sum(axis=1)
-    return [(list(rows), _chance(len(records), bits[list(rows)])) for rows in found]
+    bits = _ValueBits(columns, surprisal, coded)
+    n = len(columns.records)
+    return [(list(rows), _chance(n, bits.of(rows).sum(axis=1))) for rows in found]
 
 
 def _chance(n: int, bits: np.ndarray) -> float:
@@ -256,11 +270,10 @@ def _near_duplicates(
         for field in columns.fields:
             values = [value or "" for value in columns.records.column(field.name)]
             codes.append(np.unique(values, return_inverse=True)[1].astype(np.int64))
-        bits = raw_bits(columns, surprisal, coded)
-        total = bits.sum(axis=1)
+        value_bits = _ValueBits(columns, surprisal, coded)
         for group in near_duplicate_rows(codes):
-            left = total[list(group.rows)] - bits[list(group.rows), group.field]
-            chance = min(1.0, len(coded) * _chance(n, left))
+            others = np.delete(value_bits.of(group.rows), group.field, axis=1)
+            chance = min(1.0, len(coded) * _chance(n, others.sum(axis=1)))
             found.append((list(group.rows), columns.name(group.field), chance))
     elif texts:
         place = max(texts, key=lambda each: surprisal.field_bits[:, each].sum())
