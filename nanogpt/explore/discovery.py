@@ -74,20 +74,22 @@ class Results:
 class _ValueBits:
     """Bits of the very values: those of their classes, and of each value within its class.
 
+    The latter count in a field of its own alone: those of one that another gives away come with it.
+
     How often a value comes that was met once is told by how many were met twice, copies of whole
     records apart (Good 1953, The population frequencies of species): a number with many digits is
     much rarer than one in n.
     """
 
-    def __init__(self, columns: Columns, surprisal: Surprisal, coded: Sequence[int]) -> None:
-        self.class_bits, self.coded = surprisal.field_bits, coded
+    def __init__(self, columns: Columns, surprisal: Surprisal, own: Sequence[int]) -> None:
+        self.class_bits, self.own = surprisal.field_bits, own
         self.first = np.zeros(len(columns.records), bool)
         self.first[columns.first_of_each] = True
         self.n = int(self.first.sum())
         self.codes: dict[int, np.ndarray] = {}
         self.counts: dict[int, np.ndarray] = {}
         self.in_class: dict[int, np.ndarray] = {}
-        for place in coded:
+        for place in own:
             column = columns.records.column(columns.name(place))
             codes = np.unique([value or "" for value in column], return_inverse=True)[1]
             classes = columns.codes[:, place]
@@ -98,7 +100,7 @@ class _ValueBits:
     def of(self, rows: Sequence[int]) -> np.ndarray:
         """(rows, F) bits of records that are like each other, which count as one for the others."""
         bits = self.class_bits[list(rows)].copy()
-        for place in self.coded:
+        for place in self.own:
             codes, counts = self.codes[place][list(rows)], self.counts[place]
             again = np.array(
                 [(self.first[list(rows)] & (codes == code)).sum() - 1 for code in codes.tolist()]
@@ -170,15 +172,16 @@ def investigate(
     blocks = np.arange(n) * BLOCKS // n
     drift = {place: test_order(folds, place, blocks, seed) for place in coded}
     repeats = repeated_fields(columns, pairs, coded)
+    own = _own_fields(columns, pairs, coded, repeats)
     record_p = np.ones(n)
     if texts:
         for fold, reference in zip(folds, z_reference, strict=True):
             record_p[fold.test] = exceedance_p(reference, surprisal.z[fold.test])
-    duplicates = _duplicates(columns, surprisal, coded)
-    near = _near_duplicates(columns, surprisal, coded, texts, duplicates)
+    duplicates = _duplicates(columns, surprisal, own)
+    near = _near_duplicates(columns, surprisal, own, texts, duplicates)
     groups: Groups | None = None
     if n >= _LEAST_FOR_GROUPS:
-        parts = related_parts(_own_fields(columns, pairs, coded, repeats), _related(pairs))
+        parts = related_parts(own, _related(pairs))
         groups = table_groups(folds[0], parts, seed=seed, progress=progress)
         if groups is None and texts:
             written = {
@@ -238,13 +241,13 @@ def _row_family(n: int, groups: Sequence[tuple[list[int], float]]) -> np.ndarray
 
 
 def _duplicates(
-    columns: Columns, surprisal: Surprisal, coded: Sequence[int]
+    columns: Columns, surprisal: Surprisal, own: Sequence[int]
 ) -> list[tuple[list[int], float]]:
     """Rows that are equal in every field used, and how likely chance alone makes another one."""
     found = exact_duplicates(columns.keys)
     if not found:
         return []
-    bits = _ValueBits(columns, surprisal, coded)
+    bits = _ValueBits(columns, surprisal, own)
     n = len(columns.records)
     return [(list(rows), _chance(n, bits.of(rows).sum(axis=1))) for rows in found]
 
@@ -257,7 +260,7 @@ def _chance(n: int, bits: np.ndarray) -> float:
 def _near_duplicates(
     columns: Columns,
     surprisal: Surprisal,
-    coded: Sequence[int],
+    own: Sequence[int],
     texts: Sequence[int],
     duplicates: Sequence[tuple[list[int], float]],
 ) -> list[tuple[list[int], str, float]]:
@@ -265,15 +268,15 @@ def _near_duplicates(
     n = len(columns.records)
     same = {row: number for number, (rows, _) in enumerate(duplicates) for row in rows}
     found: list[tuple[list[int], str, float]] = []
-    if len(columns.fields) == len(coded) and len(coded) >= 3:
+    if not texts and len(columns.fields) >= 3:
         codes = []
         for field in columns.fields:
             values = [value or "" for value in columns.records.column(field.name)]
             codes.append(np.unique(values, return_inverse=True)[1].astype(np.int64))
-        value_bits = _ValueBits(columns, surprisal, coded)
+        value_bits = _ValueBits(columns, surprisal, own)
         for group in near_duplicate_rows(codes):
             others = np.delete(value_bits.of(group.rows), group.field, axis=1)
-            chance = min(1.0, len(coded) * _chance(n, others.sum(axis=1)))
+            chance = min(1.0, len(columns.fields) * _chance(n, others.sum(axis=1)))
             found.append((list(group.rows), columns.name(group.field), chance))
     elif texts:
         place = max(texts, key=lambda each: surprisal.field_bits[:, each].sum())
