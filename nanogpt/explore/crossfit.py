@@ -20,7 +20,8 @@ _TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
 _CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05)
 _LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _TOLERANCE = 2.0  # nats
-_NEARLY_SURE = 0.9
+_NEARLY_SURE, _DEPENDS = 0.9, 1e-3
+_MISPLACED = 3 * np.log(2)  # nats by which the rest of its record makes a value less likely
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,28 @@ def test_cells(
         name: np.zeros(n)
         for name in ("p", "bits", "gain_bits", "expected", "expected_p", "unigram", "correct")
     }
+    joint = []
+    for number, fold in enumerate(folds):
+        some = fold.tested
+        rng = np.random.default_rng((seed, 1, place, number))
+        joint.append(permutation_test(logs[number][some], observed[number][some], rng).p)
+    joint_p = merged_p(joint)
     fits = []
     for number, fold in enumerate(folds):
         others = [k for k in range(len(folds)) if k != number] or [0]
         fit = _fit_mixture(
             [logs[k] for k in others], [observed[k] for k in others], [shares[k] for k in others]
         )
+        if joint_p > _DEPENDS:  # where nothing is expected, nothing is out of its place
+            fit = _Mixture(fit.plain, 0.0, fit.plain)
         inflation = _inflation(
-            np.concatenate([fit.tails(logs[k], observed[k], floors[k]) for k in others]),
+            np.concatenate([fit.tails(logs[k], observed[k], shares[k], floors[k]) for k in others]),
             fit.contamination,
         )
         fits.append(fit)
         rows, codes, log_p = fold.test, observed[number], logs[number]
         at = np.arange(len(rows))
-        tails = fit.tails(log_p, codes, floors[number])
+        tails = fit.tails(log_p, codes, shares[number], floors[number])
         columns["p"][rows] = np.minimum(1.0, tails * inflation)
         columns["bits"][rows] = -log_p[at, codes] / np.log(2)
         columns["gain_bits"][rows] = (log_p.max(axis=1) - log_p[at, codes]) / np.log(2)
@@ -139,11 +148,6 @@ def test_cells(
         columns["expected_p"][rows] = given[number].max(axis=1)
         columns["unigram"][rows] = -np.log2(shares[number][codes])
         columns["correct"][rows] = log_p.argmax(axis=1) == codes
-    joint = []
-    for number, fold in enumerate(folds):
-        some = fold.tested
-        rng = np.random.default_rng((seed, 1, place, number))
-        joint.append(permutation_test(logs[number][some], observed[number][some], rng).p)
     return CellTests(
         p=columns["p"],
         bits=columns["bits"],
@@ -154,7 +158,7 @@ def test_cells(
         contamination=float(np.median([fit.contamination for fit in fits])),
         unigram_bits=columns["unigram"],
         correct=columns["correct"].astype(bool),
-        joint_p=merged_p(joint),
+        joint_p=joint_p,
     )
 
 
@@ -200,11 +204,19 @@ class _Mixture:
     contamination: float
     plain: float
 
-    def tails(self, log_p: np.ndarray, codes: np.ndarray, floor: np.ndarray) -> np.ndarray:
-        """(n,) chance of values as improbable as the observed ones."""
+    def tails(
+        self, log_p: np.ndarray, codes: np.ndarray, shares: np.ndarray, floor: np.ndarray
+    ) -> np.ndarray:
+        """(n,) chance of values as improbable as the observed ones.
+
+        Args:
+            log_p: (n, K) given the rest of each record. shares: (K,) of all records.
+        """
         sure = log_p.max(axis=1) >= np.log(_NEARLY_SURE)
+        seen = log_p[np.arange(len(codes)), codes]
+        elsewhere = seen <= np.log(shares[codes]) - _MISPLACED  # a rare value alone is none
         sharp = _tails(log_p, codes, self.temperature, floor)
-        return np.where(sure, sharp, _tails(log_p, codes, self.plain, floor))
+        return np.where(sure & elsewhere, sharp, _tails(log_p, codes, self.plain, floor))
 
 
 def _fit_mixture(
