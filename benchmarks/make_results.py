@@ -98,6 +98,12 @@ def _ceilings(ceilings: dict[str, float]) -> str:
 
 def _checks(checks: dict[str, Any]) -> list[str]:
     """What a suite that counts has counted."""
+    if "explore" in checks:
+        lines = [_line(["data", "found", "seconds", "peak memory"]), "|---|---|---|---|"]
+        for row in (row for part in checks["explore"].values() for row in part):
+            memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
+            lines.append(_line([row["what"], row["outcome"], f"{row['seconds']:.0f}", memory]))
+        return lines
     heads = ["kernel", "cases", "comparisons with float64", "failures", "not available"]
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for kernel, counts in checks["kernels"].items():
