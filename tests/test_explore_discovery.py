@@ -303,6 +303,40 @@ def test_drift_along_the_file():
     assert blocks[0] < 22 < 28 < blocks[-1]
 
 
+def test_drift_along_a_date_and_a_number_far_out():
+    rng = np.random.default_rng(4)
+    rows = [
+        {"day": f"2024-{k // 28 + 1:02d}-{k % 28 + 1:02d}",
+         "price": f"{k / 5 + rng.normal(0, 5):.1f}",
+         "weight": f"{rng.lognormal(3, 0.4):.2f}", "sky": str(rng.choice(["sun", "rain"]))}
+        for k in rng.integers(0, 336, 500).tolist()
+    ]  # fmt: skip
+    rows[77]["weight"] = "99999"
+    rows[78]["weight"] = "1e999"
+    found = {each.kind: each for each in KnowledgeDiscovery(folds=2, seed=0).fit(rows).discover()}
+    assert set(found) == {"drift", "unusual"}
+    assert found["drift"].fields == ("price", "day")
+    assert "price changes along day: its median goes from" in found["drift"].sentence
+    values = found["drift"].details["blocks"]["values"]
+    assert values == sorted(values)
+    assert found["unusual"].rows == (77,)
+    assert "weight 99999 is far out; 99% of the others lie between" in found["unusual"].sentence
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_tables_in_which_nothing_is_hold_nothing(seed):
+    """Rare values and heavy tails, as many records as a small fold has: none of it is reported."""
+    rng = np.random.default_rng(seed)
+    n = (40, 60, 100, 200)[seed]
+    rows = [
+        {"rare": str(rng.choice(list("abc"), p=[0.9, 0.08, 0.02])),
+         "tail": f"{rng.pareto(1.2):.1f}", "many": str(rng.choice(list("abcdefgh"))),
+         "gone": None if rng.random() < 0.1 else "xy"[k % 2]}
+        for k in rng.permutation(n).tolist()
+    ]  # fmt: skip
+    assert KnowledgeDiscovery(seed=seed, epochs=4).fit(rows).discover() == []
+
+
 def fold_of(rows, seed=0):
     """A fold whose model is not trained: groups must come from the data, not from the model."""
     records = Records.from_rows(rows)

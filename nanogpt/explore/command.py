@@ -60,7 +60,9 @@ def run(config: ExploreConfig) -> int:
         fields = describe_fields(records)
         _check_shape(config, fields, initial)
         question = _read_question(config, records, fields)
-        identity = make_identity(config, records.digest, None, initial)
+        # The same lines are texts in a .txt and values in a table of one column.
+        digest = records.digest + (" lines" if records.format == "txt" else "")
+        identity = make_identity(config, digest, None, initial)
         path = run_path(config, Path(config.data).stem or "data", None, identity)
         with RunDirectory(path, warn=_say) as folder:
             exploration = _Exploration(config, records, fields, question, initial, device, folder)

@@ -12,12 +12,13 @@ import numpy as np
 
 from nanogpt.explore.learning import Encoded, Encoder
 from nanogpt.explore.scoring import Progress, Scorer
-from nanogpt.explore.significance import merged_p, permutation_test
+from nanogpt.explore.significance import exceedance_p, merged_p, permutation_test
 
 MOST_TESTED = 4000
 """Records of a fold that a permutation test uses."""
 _TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
 _CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05)
+_LEAST_NUMBERS = 100
 _LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _TOLERANCE = 2.0  # nats
 _NEARLY_SURE, _DEPENDS = 0.9, 1e-3
@@ -353,6 +354,24 @@ def _lookup(fold: Fold, a: int, b: int) -> np.ndarray:
         fold.encoded.codes[fold.train, b],
         (len(fold.encoder.class_ids[a]), len(fold.encoder.class_ids[b])),
     ).argmax(axis=1)
+
+
+def test_extremes(folds: Sequence[Fold], numbers: np.ndarray) -> np.ndarray:
+    """(n,) p of numbers as far out, on either side, by the tails of the training rows.
+
+    Args:
+        numbers: (n,) NaN where there is none, whose p is 1.
+    """
+    p = np.ones(len(numbers))
+    for fold in folds:
+        reference = numbers[fold.train]
+        reference = reference[np.isfinite(reference)]
+        rows = fold.test[np.isfinite(numbers[fold.test])]
+        if len(reference) < _LEAST_NUMBERS or not len(rows):
+            continue
+        sides = [exceedance_p(sign * reference, sign * numbers[rows]) for sign in (1.0, -1.0)]
+        p[rows] = np.minimum(1.0, 2 * np.minimum(*sides))
+    return p
 
 
 def crossed(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -1,18 +1,26 @@
 """From the tests to the findings: everything that is tried, judged together, strongest first."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nanogpt.explore.crossfit import CellTests, Fold, PairTests, test_cells, test_order, test_pairs
+from nanogpt.explore.crossfit import (
+    CellTests,
+    Fold,
+    PairTests,
+    test_cells,
+    test_extremes,
+    test_order,
+    test_pairs,
+)
 from nanogpt.explore.duplicates import (
     exact_duplicates,
     near_duplicate_rows,
     near_duplicate_texts,
 )
-from nanogpt.explore.fields import Field
+from nanogpt.explore.fields import Field, number_text
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import Groups, related_parts, table_groups, text_groups
 from nanogpt.explore.scoring import Progress, Surprisal
@@ -32,6 +40,7 @@ from nanogpt.explore.wording import (
 BLOCKS = 8
 _GIVEN_AWAY = 0.98  # of the values guessed, by a leak
 _LEFT_WRONG = 0.1  # of the mistakes that guessing the commonest value makes
+_LARGEST = 1e100  # whose square is no overflow
 _SAME_LINE = 0.9999  # correlation of numbers that are one another in other units
 _MOST_UNUSUAL, _MOST_ROWS = 100, 1000
 _JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
@@ -49,7 +58,8 @@ class Results:
         cells: of each coded field, by its place.
         drift: of each coded field: p, and bits a record.
         surprisal: of the records, each by a model that has not seen it.
-        outliers: of each text field (n,) p of a typicality as high as this.
+        record_z_p: (n,) p of a typicality as high as this; 1 where there are no texts.
+        extremes: of each number (n,) p of values as far out.
         duplicates, near: rows that repeat each other, and p of each row of theirs.
         groups: of the records, by fields or by texts; None where none were looked for.
         q: of every family of tests.
@@ -64,6 +74,7 @@ class Results:
     drift: dict[int, tuple[float, float]]
     surprisal: Surprisal
     record_z_p: np.ndarray
+    extremes: dict[int, np.ndarray]
     duplicates: list[tuple[list[int], float]]
     near: list[tuple[list[int], str, float]]
     repeats: dict[int, int]
@@ -139,7 +150,7 @@ def same_line(columns: Columns, a: int, b: int) -> tuple[float, float] | None:
     if not (columns.is_number(a) and columns.is_number(b)):
         return None
     x, y = columns.numbers(a), columns.numbers(b)
-    both = ~(np.isnan(x) | np.isnan(y))
+    both = (np.abs(x) < _LARGEST) & (np.abs(y) < _LARGEST)
     if both.sum() < 10 or np.std(x[both]) == 0 or np.std(y[both]) == 0:
         return None
     if abs(np.corrcoef(x[both], y[both])[0, 1]) < _SAME_LINE:
@@ -177,6 +188,11 @@ def investigate(
     if texts:
         for fold, reference in zip(folds, z_reference, strict=True):
             record_p[fold.test] = exceedance_p(reference, surprisal.z[fold.test])
+    extremes = {
+        place: test_extremes(folds, columns.numbers(place))
+        for place in coded
+        if columns.is_number(place)
+    }
     duplicates = _duplicates(columns, surprisal, own)
     near = _near_duplicates(columns, surprisal, own, texts, duplicates)
     groups: Groups | None = None
@@ -197,6 +213,7 @@ def investigate(
         "order": np.array([drift[place][0] for place in coded]),
         "cells": np.concatenate([cells[place].p for place in cells] or [np.zeros(0)]),
         "records": record_p if texts else np.zeros(0),
+        "extremes": np.concatenate([*extremes.values(), np.zeros(0)]),
         "duplicates": _row_family(n, [(rows, p) for rows, p in duplicates]),
         "near": _row_family(n, [(rows, p) for rows, _, p in near]),
         "groups": np.zeros(0) if groups is None else groups.p,
@@ -206,9 +223,10 @@ def investigate(
     for (a, b), value in zip(tried, q["pairs"], strict=True):
         q["pair_table"][a, b] = q["pair_table"][b, a] = value
     q["cells"] = q["cells"].reshape(len(cells), n) if cells else np.ones((0, n))
+    q["extremes"] = q["extremes"].reshape(len(extremes), n) if extremes else np.ones((0, n))
     return Results(
-        folds, columns, coded, texts, pairs, cells, drift, surprisal, record_p, duplicates, near,
-        repeats, groups, q,
+        folds, columns, coded, texts, pairs, cells, drift, surprisal, record_p, extremes,
+        duplicates, near, repeats, groups, q,
     )  # fmt: skip
 
 
@@ -368,6 +386,11 @@ def _pair_finding(
         kind = "leak"
         fields = (a, b) if forward else (b, a)
         sentence = _leak_in_words(results, *fields)
+    elif (dated := _along_a_date(columns, a, b)) is not None:
+        kind, fields = "drift", dated
+        details["blocks"] = block_values(columns, *dated)
+        change = _change_in_words(columns, dated[0], details["blocks"])
+        sentence = f"{columns.name(dated[0])} changes along {columns.name(dated[1])}: {change}"
     else:
         kind = "dependency"
         # The field that tells more about the other comes first.
@@ -398,6 +421,17 @@ def _pair_finding(
         information * n,
         details,
     )
+
+
+def _along_a_date(columns: Columns, a: int, b: int) -> tuple[int, int] | None:
+    """(field, date) where just one of two fields is a date, and the other no text."""
+    for place, date in ((a, b), (b, a)):
+        if columns.fields[date].kind == "date" and columns.fields[place].kind in (
+            "number",
+            "category",
+        ):
+            return place, date
+    return None
 
 
 def _known(value: float) -> float | None:
@@ -515,34 +549,40 @@ def _drift_findings(results: Results, alpha: float) -> list[Finding]:
         _, bits = results.drift[place]
         if q > alpha or bits <= 0 or place in results.repeats:
             continue
-        blocks = block_values(columns, place)
         name = columns.name(place)
-        if columns.is_number(place):
-            words_ = f"its median goes from {blocks['labels'][0]} in the first eighth to "
-            words_ += f"{blocks['labels'][-1]} in the last"
-        else:
-            label = blocks["class"]
-            words_ = (
-                f"{label} is {percent(blocks['values'][0])} of the first eighth and "
-                f"{percent(blocks['values'][-1])} of the last"
-            )
+        blocks = block_values(columns, place)
+        changes = f"{name} changes along the file: {_change_in_words(columns, place, blocks)}"
         found.append(
             Finding(
                 "drift", (name,), (), bits, "bits a record", q, n,
-                f"{name} changes along the file: {words_}", bits * n, {"blocks": blocks},
+                changes, bits * n, {"blocks": blocks},
             )
         )  # fmt: skip
     return found
 
 
-def block_values(columns: Columns, place: int) -> dict[str, Any]:
-    """Of each eighth of the file: the median of a number, or the share of the class that moves."""
+def _change_in_words(columns: Columns, place: int, blocks: Mapping[str, Any]) -> str:
+    first, last = blocks["labels"][0], blocks["labels"][-1]
+    if columns.is_number(place):
+        return f"its median goes from {first} in the first eighth to {last} in the last"
+    return f"{blocks['class']} is {first} of the first eighth and {last} of the last"
+
+
+def block_values(columns: Columns, place: int, date: int | None = None) -> dict[str, Any]:
+    """Of each eighth of the file: the median of a number, or the share of the class that moves.
+
+    Args:
+        date: a field whose order counts instead of the file's; records without a date are left out.
+    """
     n = len(columns.records)
     blocks = np.arange(n) * BLOCKS // n
+    if date is not None:
+        dates = columns.numbers(date)
+        order = np.argsort(dates, kind="stable")[: int((~np.isnan(dates)).sum())]
+        blocks = np.full(n, -1)
+        blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
     count = int(blocks.max()) + 1
     if columns.is_number(place):
-        from nanogpt.explore.fields import number_text
-
         numbers = columns.numbers(place)
         values = []
         for block in range(count):
@@ -611,6 +651,13 @@ def _unusual_findings(results: Results, alpha: float) -> list[Finding]:
                     sentence, float(bits[row]), details,
                 )
             )  # fmt: skip
+    for number, (place, p) in enumerate(results.extremes.items()):
+        q = results.q["extremes"][number]
+        if place not in results.repeats:
+            found += [
+                _extreme_finding(results, place, row, float(p[row]), float(q[row]))
+                for row in np.flatnonzero(q <= alpha).tolist()
+            ]
     if results.texts:
         q = results.q["records"]
         for row in np.flatnonzero(q <= alpha).tolist():
@@ -630,6 +677,22 @@ def _unusual_findings(results: Results, alpha: float) -> list[Finding]:
             )  # fmt: skip
     found.sort(key=lambda each: -each.evidence_bits)
     return found[:_MOST_UNUSUAL]
+
+
+def _extreme_finding(results: Results, place: int, row: int, p: float, q: float) -> Finding:
+    columns = results.columns
+    name, kind = columns.name(place), columns.fields[place].kind
+    numbers = np.delete(columns.numbers(place), row)
+    low, high = (number_text(float(each), kind) for each in np.nanquantile(numbers, (0.005, 0.995)))
+    bits = -float(np.log2(p))
+    sentence = (
+        f"line {int(columns.records.lines[row]):,}: {name} {columns.value(place, row)} is far out; "
+        f"99% of the others lie between {low} and {high}"
+    )
+    details = {"value": columns.value(place, row), "range": [low, high]}
+    return Finding(
+        "unusual", (name,), (row,), bits, "bits", q, len(columns.records), sentence, bits, details
+    )
 
 
 def expected_value(results: Results, place: int, row: int) -> tuple[str, float]:

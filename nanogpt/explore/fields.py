@@ -78,7 +78,11 @@ def _describe(name: str, column: Sequence[Value], format: str) -> Field:
         return made("text")
     for kind, pattern in (("number", _NUMBER), ("date", _DATE)):
         words = sorted(word for word in counts if word.strip().lower() in MISSING_WORDS)
-        fitting = [value for value in counts if pattern.fullmatch(value)]
+        fitting = [
+            value
+            for value in counts
+            if pattern.fullmatch(value) and not math.isnan(_as_number(value, kind))
+        ]
         others = len(counts) - len(words) - len(fitting)
         fits = sum(counts[value] for value in fitting)
         rest = len(present) - fits - sum(counts[word] for word in words)
@@ -124,7 +128,8 @@ def as_numbers(column: Sequence[Value], kind: str) -> np.ndarray:
 
 def _as_number(value: str, kind: str) -> float:
     if kind == "number":
-        return float(value) if _NUMBER.fullmatch(value) else math.nan
+        number = float(value) if _NUMBER.fullmatch(value) else math.nan
+        return number if math.isfinite(number) else math.nan
     if not _DATE.fullmatch(value):
         return math.nan
     text = value.strip()

@@ -21,7 +21,6 @@ from nanogpt.errors import InputError
 from nanogpt.explore.crossfit import Fold, assign_folds
 from nanogpt.explore.discovery import (
     Results,
-    block_values,
     expected_value,
     findings,
     guilty_cells,
@@ -360,8 +359,13 @@ class KnowledgeDiscovery:
             return Anomalies(z, results.record_z_p, results.q["records"], worst)
         p = np.stack([each.p for each in results.cells.values()]).min(axis=0)
         guilty, _ = guilty_cells(results)
+        q = results.q["cells"].min(axis=0)
+        for number, (place, far) in enumerate(results.extremes.items()):
+            further = far < p
+            guilty = np.where(further, place, guilty)
+            p, q = np.minimum(p, far), np.minimum(q, results.q["extremes"][number])
         names = [self.used[place].name for place in guilty.tolist()]
-        return Anomalies(z, p, results.q["cells"].min(axis=0), names)
+        return Anomalies(z, p, q, names)
 
     # Questions.
 
@@ -582,13 +586,9 @@ class KnowledgeDiscovery:
             "groups": groups,
             "quality": self._quality_part(results),
             "drift": [
-                {
-                    "field": self.used[place].name,
-                    **block_values(self._columns, place),
-                    "q": float(results.q["order"][number]),
-                }
-                for number, place in enumerate(results.coded)
-                if results.q["order"][number] <= self.alpha
+                {"field": " along ".join(each.fields), **each.details["blocks"], "q": each.q}
+                for each in found
+                if each.kind == "drift"
             ],
             "records": {str(row): self._shown_record(row) for row in sorted(rows)},
         }
