@@ -386,6 +386,15 @@ def test_the_map_shows_what_is_sure():
     assert numbers == ["75", "50", "20"]
 
 
+def test_there_is_no_map_where_nothing_is_sure():
+    report = make_report()
+    report["dependencies"]["q"] = [[None if q is None else 0.5 for q in row]
+                                   for row in report["dependencies"]["q"]]  # fmt: skip
+    page = render_knowledge_report(report)
+    assert "What tells about what" not in page
+    assert not parse(page).all("rect", **{"class": "cell"})
+
+
 def test_one_text_field_only():
     report = make_report(
         fields=[make_field("text", kind="text", bits_marginal=None, bits_model=93.2,

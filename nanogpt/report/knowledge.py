@@ -171,7 +171,8 @@ def _dependency_map(part: Report, alpha: float) -> str:
     """A square for every two fields: how much the row's field tells about the column's."""
     names = part["fields"][:_MOST_FIELDS]
     n = len(names)
-    if n < 2:
+    sure_of_any = any(q is not None and q <= alpha for row in part["q"] for q in row)
+    if n < 2 or not sure_of_any:
         return ""
     left, top, size = 150, 120, max(14, min(44, 560 // n))
     out = []
@@ -203,7 +204,8 @@ def _dependency_map(part: Report, alpha: float) -> str:
                     f'text-anchor="middle">{100 * share:.0f}</text>'
                 )
     width, height = left + n * size + 70, top + n * size + 6
-    return f'<svg class="map" viewBox="0 0 {width} {height}" role="img">{"".join(out)}</svg>'
+    box = f'viewBox="0 0 {width} {height}" style="max-width: {width}px"'
+    return f'<svg class="map" {box} role="img">{"".join(out)}</svg>'
 
 
 def _plane(groups: Report) -> str:
