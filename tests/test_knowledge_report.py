@@ -414,10 +414,11 @@ def test_one_text_field_only():
 def make_wide(n):
     names = [f"field {i}" for i in range(n)]
     square = [[None if i == j else 0.25 for i in range(n)] for j in range(n)]
+    sure = [[None if i == j else 0.01 for i in range(n)] for j in range(n)]
     return make_report(
         fields=[make_field(name) for name in names],
         anomalies=[make_record(names, n - 1)] * 50,
-        dependencies={"fields": names, "bits": square, "share": square, "q": square},
+        dependencies={"fields": names, "bits": square, "share": square, "q": sure},
         quality=[make_quality(name) for name in names],
         drift=[make_drift(field=name) for name in names],
     )
