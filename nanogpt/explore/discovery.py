@@ -45,7 +45,7 @@ _SAME_LINE = 0.9999  # correlation of numbers that are one another in other unit
 _MOST_UNUSUAL, _MOST_ROWS = 100, 1000
 _JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
 _LEAST_FOR_GROUPS = 60
-_RELATED = 0.05
+_RELATED, _LEAST_BITS = 0.05, 0.5
 _ALIKE = 0.5  # of the bits that two fields are off by
 
 
@@ -842,7 +842,7 @@ def _group_findings(results: Results, alpha: float) -> list[Finding]:
     for g in np.flatnonzero(results.q["groups"] <= alpha).tolist():
         members = groups.members[g]
         size = len(members)
-        if not size or size > n / 2 or groups.bits[g] <= 0:
+        if not size or size > n / 2 or groups.bits[g] < _LEAST_BITS:
             continue  # what most records have is no group; that the others lack it is said of these
         inside = np.zeros(n, bool)
         inside[members] = True

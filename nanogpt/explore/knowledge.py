@@ -214,7 +214,10 @@ class KnowledgeDiscovery:
         # K folds of (K - 1) / K of the records and one of them all: K times all of them.
         most = next((k for k in (5, 3) if k * flops <= _TRAINING_FLOPS), 2)
         self.n_folds = min(self.folds or most, n)
-        self._total = tokens * self.n_folds + _SCORING_COST * self._scored_tokens()
+        # Of many records the last model goes on from the first one, with what that has not seen.
+        goes_on = self.n_folds == 2 and 2 * flops > _TRAINING_FLOPS and fixed is None
+        passes = 1.5 if goes_on else self.n_folds
+        self._total = tokens * passes + _SCORING_COST * self._scored_tokens()
         assignment = assign_folds(n, self.n_folds, self.seed)
         self._folds: list[Fold] = []
         for number in range(self.n_folds):
@@ -222,11 +225,18 @@ class KnowledgeDiscovery:
             own = fixed or Encoder.fit(self.used, records.take(rows))
             encoded = own.encode(records)
             self._what = f"training, part {number + 1} of {self.n_folds + 1}"
-            model = self._model(f"fold-{number + 1}", encoded.take(rows), number, store)
+            name = f"fold-{number + 1}"
+            model = self._model(name, encoded.take(rows), number, store, self.initial)
             test = np.flatnonzero(assignment == number)
             self._folds.append(Fold(Scorer(model, own), encoded, rows, test))
         self._what = f"training, part {self.n_folds + 1} of {self.n_folds + 1}"
-        self.model = self._model("final", self.encoded, self.n_folds, store)
+        shown, begun = self.encoded, self.initial
+        if goes_on:
+            first = self._folds[0]
+            encoder, self.encoded, begun = first.encoder, first.encoded, first.scorer.model
+            shown = first.encoded.take(first.test)
+        self.model = self._model("final", shown, self.n_folds, store, begun)
+        self.__dict__.pop("_columns", None)
         self.tokenizer = encoder.tokenizer
         self.scorer = Scorer(self.model, encoder)
         self._what = "looking"
@@ -240,7 +250,10 @@ class KnowledgeDiscovery:
             raise InputError(str(error)) from None
         return plan if self.initial is None else replace(plan, shape=self.initial.config)
 
-    def _model(self, name: str, encoded: Encoded, number: int, store: Store | None) -> GPT:
+    def _model(
+        self, name: str, encoded: Encoded, number: int, store: Store | None, begun: GPT | None
+    ) -> GPT:
+        """A model of some records, kept or trained, from the weights of `begun` if there is one."""
         plan = self.plan
         if self.initial is None:
             vocab_size = encoded.encoder.tokenizer.vocab_size
@@ -258,8 +271,8 @@ class KnowledgeDiscovery:
                 model.tokenizer = encoded.encoder.tokenizer
                 return model.to(self.device).eval()
         initial = None
-        if self.initial is not None:
-            weights = self.initial.state_dict()
+        if begun is not None:
+            weights = begun.state_dict()
             initial = {key: value for key, value in weights.items() if key != metadata.KEY}
         model = train(
             encoded, plan, (self.seed, number), initial=initial, device=self.device,
