@@ -57,7 +57,9 @@ def main() -> None:
             found = _files() if part == "files" else _rows()
         path = folder / "explore.json"
         checks = json.loads(path.read_text())["checks"] if path.exists() else {"explore": {}}
-        checks["explore"][part] = found
+        again = {row["what"] for row in found}
+        kept = [row for row in checks["explore"].get(part, []) if row["what"] not in again]
+        checks["explore"][part] = kept + found
         command = "python benchmarks/explore.py"
         write_checks(folder, "explore", checks, ceilings={}, command=command)
 
