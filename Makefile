@@ -23,7 +23,7 @@ BUILD_TOOLS := setuptools cmake ninja nlohmann-json pybind11
 PLUGIN := nanogpt_torchscript.so
 
 .DEFAULT_GOAL := help
-.PHONY: help build plugin train test test-all lint format bench gpu wheel clean
+.PHONY: help build plugin train test test-all faults lint format bench gpu wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ format: build  ## rewrite the code in the project's style
 	$(VENV)/bin/clang-format -i $(CPP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+faults: build  ## damage 100,000 files; read every one of them
+	$(RUN) tests/faults
 
 bench: build  ## measure this machine: the fused operations, a training step, writing
 	$(RUN) -m pytest benchmarks --benchmark-only

@@ -98,6 +98,8 @@ def _ceilings(ceilings: dict[str, float]) -> str:
 
 def _checks(checks: dict[str, Any]) -> list[str]:
     """What a suite that counts has counted."""
+    if "faults" in checks:
+        return _faults(checks["faults"])
     if "explore" in checks:
         lines = [_line(["data", "found", "seconds", "peak memory"]), "|---|---|---|---|"]
         for row in (row for part in checks["explore"].values() for row in part):
@@ -109,6 +111,19 @@ def _checks(checks: dict[str, Any]) -> list[str]:
     for kernel, counts in checks["kernels"].items():
         keys = ("cases", "comparisons", "failures", "not_available")
         lines.append(_line([kernel, *(str(counts[key]) for key in keys)]))
+    return lines
+
+
+def _faults(parts: dict[str, Any]) -> list[str]:
+    """What was done to files and processes on purpose, and what came of it."""
+    lines = []
+    for rows in parts.values():
+        heads = list(rows[0])
+        lines += [_line(heads), "|" + "---|" * len(heads)]
+        lines += [
+            _line([f"{row[head]:,}" if head != heads[0] else row[head] for head in heads])
+            for row in rows
+        ]
     return lines
 
 

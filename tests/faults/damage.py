@@ -139,12 +139,9 @@ def _read_model(path: Path) -> tuple[Any, ...]:
 def _read_export(path: Path) -> tuple[Any, ...]:
     """What the native engine makes of an export: settings, and logits of every position."""
     engine = native.open_file(path, threads=1)
-    tokens = np.arange(12, dtype=np.int32)[None, :] % 20
-    return tuple(_logits(engine, tokens)), engine.metadata
-
-
-def _logits(engine: Any, tokens: np.ndarray) -> Any:
-    return np.asarray(engine.logits(tokens)).tobytes()
+    told = repr(engine.config), engine.quantization, engine.calibration_temperature
+    logits = np.asarray(engine.logits(np.arange(12) % 20))
+    return *told, engine.tokenizer_json, logits.tobytes()
 
 
 def _read_run(path: Path) -> tuple[Any, ...]:
@@ -185,14 +182,19 @@ def make_targets(folder: Path) -> list[Target]:
             path = folder / f"{name}{suffix}"
             checkpoint.save(each, path)
             targets.append(Target(path.name, path, _read_model))
+            if suffix == ".safetensors" and name == "model" and native.available():
+                targets.append(Target(f"{path.name}, engine", path, _read_export))
+    if native.available():
+        for quantize in ("none", "int8"):
+            path = folder / f"{quantize}.pt"
+            export_model(model, path, quantize=quantize, verify=False)
+            targets.append(Target(f"export {quantize}, engine", path, _read_export))
     run = folder / "run"
     with RunDirectory(run, warn=print) as directory:
         directory.begin({"identity": {}}, {})
-        contents = []
         for step in (1, 2):
             trainer = {"optimizer": {"step": step, "m": torch.full((8,), float(step))}}
             directory.save(step, tiny_model(step), trainer, {"tokens": step}, tiny_model(9))
-            contents.append(step)
     older = folder / "run-older"
     shutil.copytree(run, older)
     shutil.rmtree(older / "checkpoints" / "00000002")

@@ -1,0 +1,49 @@
+"""The long form of what `make test` does in short: `make faults`, or `python tests/faults`.
+
+Counts go to standard output and into benchmarks/results/<device>/faults.json.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT)]
+
+from recording import RESULTS, device_name, slug, write_checks  # noqa: E402
+
+from faults import damage  # noqa: E402
+
+
+def main() -> int:
+    """Run the harnesses. Returns 1 where anything was found that must not be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--damaged", type=int, default=100_000, help="files to damage (100000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    report = damage.run(options.damaged, seed=options.seed)
+    for row in report.as_rows():
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    for failure in report.failures[:50]:
+        print("FAILED:", failure)
+    seconds = time.perf_counter() - started
+    print(f"{report.total:,} damaged files, {len(report.failures)} failures, {seconds:.0f} s")
+    _record({"damaged": report.as_rows()})
+    return int(bool(report.failures))
+
+
+def _record(found: dict[str, Any]) -> None:
+    """Replace the parts that were run."""
+    folder = RESULTS / slug(device_name())
+    path = folder / "faults.json"
+    checks = json.loads(path.read_text())["checks"] if path.exists() else {"faults": {}}
+    checks["faults"].update(found)
+    write_checks(folder, "faults", checks, ceilings={}, command="make faults")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
