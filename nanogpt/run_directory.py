@@ -82,7 +82,17 @@ class RunDirectory:
         except OSError:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}") from None
+        self._sweep()
         return self
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed has begun to write."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for left in folder.glob(".*.tmp"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
         for file in self._journals.values():
@@ -92,8 +102,11 @@ class RunDirectory:
             self._lock.close()
 
     def _refuse_foreign(self) -> None:
-        """Whatever a run would replace must be a run's, not somebody's own files."""
-        if (self.path / "run.json").exists():
+        """Whatever a run would replace must be a run's, not somebody's own files.
+
+        A run that was killed before run.json was there has left its lock.
+        """
+        if (self.path / "run.json").exists() or (self.path / "lock").exists():
             return
         for name in ("checkpoints", "tensorboard", "config.yaml", *_PAGES, *_JOURNALS):
             found = self.path / name

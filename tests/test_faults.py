@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import damage
+from faults import crash_points, damage
 
+from nanogpt.errors import UsageError
 from nanogpt.model import GPT
 
 
@@ -73,3 +74,44 @@ def test_content_is_told_apart_by_a_single_weight():
     assert damage._content_of_model(model, model.tokenizer) != damage._content_of_model(
         other, other.tokenizer
     )
+
+
+needs_strace = pytest.mark.skipif(bool(crash_points.why_not()), reason=crash_points.why_not())
+
+
+@needs_strace
+def test_a_save_that_is_cut_off_loses_nothing():
+    report = crash_points.run(every=7)
+    assert report.failures == []
+    assert len(report.tried) >= 8
+    assert sum(report.tried.values()) >= 20
+
+
+@needs_strace
+def test_the_crash_points_see_a_save_that_is_not_atomic():
+    report = crash_points.run(crash_points.save_carelessly, every=5)
+    assert any("no checkpoint loads" in each or "lost" in each for each in report.failures)
+
+
+def test_what_a_killed_process_began_is_swept_away(tmp_path):
+    crash_points.make_run(tmp_path / "run")
+    left = tmp_path / "run" / "checkpoints" / ".00000009.77.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".run.json.abc.tmp").write_bytes(b"half")
+    crash_points.save_checkpoint(tmp_path / "run")
+    assert not left.exists()
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_run_that_was_killed_before_it_was_described_begins_anew(tmp_path):
+    path = tmp_path / "run"
+    with crash_points.RunDirectory(path, warn=print):
+        (path / "config.yaml").write_text("seed: 1")
+    crash_points.make_run(path)
+    assert (path / "run.json").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("somebody's own")
+    with pytest.raises(UsageError, match="not a run directory"):
+        crash_points.make_run(foreign)

@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT)]
 
 from recording import RESULTS, device_name, slug, write_checks  # noqa: E402
 
-from faults import damage  # noqa: E402
+from faults import crash_points, damage  # noqa: E402
 
 
 def main() -> int:
@@ -32,8 +32,22 @@ def main() -> int:
         print("FAILED:", failure)
     seconds = time.perf_counter() - started
     print(f"{report.total:,} damaged files, {len(report.failures)} failures, {seconds:.0f} s")
-    _record({"damaged": report.as_rows()})
-    return int(bool(report.failures))
+    found = {"damaged": report.as_rows()}
+    failed = bool(report.failures)
+    reason = crash_points.why_not()
+    if reason:
+        print(f"crash points of a save were not tried: {reason}")
+    else:
+        points = crash_points.run()
+        total = sum(points.tried.values())
+        for failure in points.failures:
+            print("FAILED:", failure)
+        print(f"{total} crash points of a save, {len(points.failures)} failures; ", end="")
+        print(", ".join(f"{what} loads: {count}" for what, count in points.outcomes.items()))
+        found["crash points"] = points.as_rows()
+        failed |= bool(points.failures)
+    _record(found)
+    return int(failed)
 
 
 def _record(found: dict[str, Any]) -> None:
