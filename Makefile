@@ -75,7 +75,7 @@ format: build  ## rewrite the code in the project's style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-faults: build  ## damage 100,000 files; read every one of them
+faults: build  ## damage 100,000 files, cut off a save everywhere, kill 2,500 processes
 	$(RUN) tests/faults
 
 bench: build  ## measure this machine: the fused operations, a training step, writing

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import crash_points, damage
+from faults import crash_points, damage, kills
 
 from nanogpt.errors import UsageError
 from nanogpt.model import GPT
@@ -115,3 +115,21 @@ def test_a_run_that_was_killed_before_it_was_described_begins_anew(tmp_path):
     (foreign / "config.yaml").write_text("somebody's own")
     with pytest.raises(UsageError, match="not a run directory"):
         crash_points.make_run(foreign)
+
+
+def test_runs_that_are_killed_end_as_if_they_were_not(tmp_path):
+    report = kills.run(tmp_path, 6, seed=3, names=("dropout",), most_of_a_run=6)
+    assert report.failures == []
+    assert report.kills >= 5
+
+
+def test_the_kills_see_a_run_that_ends_in_another_way(tmp_path, monkeypatch):
+    real = kills._outcome
+
+    def other(place):
+        weights, metrics = real(place)
+        return weights, metrics[:-1] if place.name.endswith("-killed") else metrics
+
+    monkeypatch.setattr(kills, "_outcome", other)
+    report = kills.run(tmp_path, 1, names=("plain",), most_of_a_run=1)
+    assert [each for each in report.failures if "another outcome" in each]

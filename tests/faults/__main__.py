@@ -6,6 +6,7 @@ Counts go to standard output and into benchmarks/results/<device>/faults.json.
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT)]
 
 from recording import RESULTS, device_name, slug, write_checks  # noqa: E402
 
-from faults import crash_points, damage  # noqa: E402
+from faults import crash_points, damage, kills  # noqa: E402
 
 
 def main() -> int:
     """Run the harnesses. Returns 1 where anything was found that must not be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--damaged", type=int, default=100_000, help="files to damage (100000)")
+    parser.add_argument("--kills", type=int, default=2500, help="processes to kill (2500)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -46,6 +48,18 @@ def main() -> int:
         print(", ".join(f"{what} loads: {count}" for what, count in points.outcomes.items()))
         found["crash points"] = points.as_rows()
         failed |= bool(points.failures)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        killed = kills.run(Path(folder), options.kills, seed=options.seed)
+    for failure in killed.failures:
+        print("FAILED:", failure)
+    runs = sum(row["runs"] for row in killed.rows.values())
+    seconds = time.perf_counter() - started
+    print(
+        f"{killed.kills:,} kills in {runs:,} runs, {len(killed.failures)} failures, {seconds:.0f} s"
+    )
+    found["kills"] = killed.as_rows()
+    failed |= bool(killed.failures)
     _record(found)
     return int(failed)
 

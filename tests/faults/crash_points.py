@@ -98,7 +98,6 @@ class Report:
 
 def run(save: Save = save_checkpoint, *, every: int = 1, short_writes: int = 40) -> Report:
     """Every call times every fault; with `every` above 1 a part of them, evenly."""
-    torch.set_num_threads(1)
     report = Report()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,6 +140,7 @@ def _in_a_copy(
     if child == 0:
         status = _FAILED
         try:
+            torch.set_num_threads(1)
             os.close(release)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.read(hold, 1)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nanogpt import cli
 
@@ -148,7 +147,6 @@ def run(
         folder: empty; everything is made in it.
         most_of_a_run: kills after which a run is left alone, so that it finishes.
     """
-    torch.set_num_threads(1)
     report = Report({name: {"runs": 0, "kills": 0, "failures": 0} for name in names})
     make_data(folder)
     whole, seconds = {}, {}
