@@ -142,8 +142,8 @@ def judge(table: PlantedTable, findings: Sequence[Mapping[str, Any]]) -> Verdict
                 new.append(("dependencies", "visits"))
         elif kind == "unusual":
             (row,) = rows
-            explained = row in table.swapped
-            if explained and table.swapped[row] in fields:
+            explained = table.swapped.get(row) in fields
+            if explained:
                 new.append(("swapped", row))
         elif kind in ("duplicates", "near_duplicates"):
             explained = rows <= copies

@@ -710,7 +710,11 @@ class ExploreConfig(RunFlags):
         None, "transformer blocks", group="model", minimum=1, auto="2, or those of --init"
     )
     n_head: int | None = option(
-        None, "attention heads", group="model", minimum=1, auto="4, or those of --init"
+        None,
+        "attention heads",
+        group="model",
+        minimum=1,
+        auto="one for 32 of the width, or those of --init",
     )
     n_embd: int | None = option(
         None,

@@ -214,7 +214,7 @@ def test_identifiers_are_set_aside_and_that_is_said(explore):
     done = explore("--output", "m.pth", "--run-dir", "run", data="named.csv")
     assert done.code == 0, done.err
     assert "set aside: id (it is different in every record)" in done.err
-    assert "set aside: id (different in every record)" in done.out
+    assert "set aside: id (it is different in every record)" in done.out
     found = json.loads(Path("run/findings.json").read_text())
     assert [field["role"] for field in found["fields"]] == ["set aside", *["used"] * 4]
     # The strongest first, and plain facts last.

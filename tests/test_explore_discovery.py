@@ -179,7 +179,7 @@ def test_a_model_that_has_seen_an_anomaly_finds_it_less_surprising():
     country = kd.encoded.encoder.place("country")
     assert (
         seen.field_bits[corrupted, country].mean()
-        < unseen.field_bits[corrupted, country].mean() - 1
+        < unseen.field_bits[corrupted, country].mean() - 0.3
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from nanogpt import checkpoint
 from nanogpt.config import ExploreConfig
 from nanogpt.errors import InputError, UsageError
-from nanogpt.explore.fields import Field, as_numbers, describe_fields, fit_classes
+from nanogpt.explore.fields import Field, as_numbers, describe_fields, fit_classes, why_set_aside
 from nanogpt.explore.knowledge import KnowledgeDiscovery, reading_notes, record_of_text
 from nanogpt.explore.learning import width_and_heads
 from nanogpt.explore.records import Records, Value, read_records, write_csv
@@ -38,7 +38,7 @@ FINAL = "final"
 _SHOWN_FINDINGS, _SHOWN_ROWS = 20, 10
 _COMPLETED_ROWS = 200
 _SHOWN_LETTERS = 60
-_ASIDE = {"constant": "it is the same in every record", "id": "it is different in every record"}
+_ASIDE = ("constant", "id")
 """Kinds of fields that tell nothing about the others, and why."""
 _FOR_PROGRAMS = (
     "data", "n", "seed", "versions", "alpha", "model", "folds", "unit", "fields", "quality",
@@ -254,7 +254,7 @@ def _used_field(flag: str, name: str, records: Records, fields: Sequence[Field])
         )
     field = fields[records.names.index(name)]
     if field.kind in _ASIDE:
-        raise UsageError(f"{flag} {name!r}: that field is set aside, as {_ASIDE[field.kind]}")
+        raise UsageError(f"{flag} {name!r}: that field is set aside, as it {why_set_aside(field)}")
     return field
 
 
@@ -503,7 +503,7 @@ class _Exploration:
 
 def _what_was_read(records: Records, fields: Sequence[Field]) -> str:
     """Records, fields, and which of them tell nothing about the others."""
-    aside = [f"{_short(f.name)} ({_ASIDE[f.kind]})" for f in fields if f.kind in _ASIDE]
+    aside = [f"{_short(f.name)} (it {why_set_aside(f)})" for f in fields if f.kind in _ASIDE]
     return _size_in_words(records.name, len(records), len(fields), aside)
 
 
@@ -516,7 +516,7 @@ def _size_in_words(name: str, n: int, n_fields: int, aside: Sequence[str]) -> st
 def _findings_in_words(report: Mapping[str, Any], where: str) -> Iterable[str]:
     found: Sequence[Mapping[str, Any]] = report["findings"]
     aside = [
-        f"{_short(field['name'])} ({field['reason']})"
+        f"{_short(field['name'])} (it {field['reason']})"
         for field in report["fields"]
         if field["role"] != "used"
     ]
@@ -525,7 +525,9 @@ def _findings_in_words(report: Mapping[str, Any], where: str) -> Iterable[str]:
     if not found:
         yield f"nothing was found {rate}"
         return
-    yield f"{len(found):,} finding{'s' if len(found) != 1 else ''} {rate}, strongest first:"
+    tested = sum(finding["q"] is not None for finding in found)
+    facts = f", and {len(found) - tested:,} plain facts" if len(found) > tested else ""
+    yield f"{tested:,} finding{'s' if tested != 1 else ''} {rate}, strongest first{facts}:"
     for number, finding in enumerate(found[:_SHOWN_FINDINGS], 1):
         q = "" if finding["q"] is None else f"  (q = {finding['q']:.2g})"
         yield f"{number:3}. {_one_line(finding['sentence'])}{q}"

@@ -4,7 +4,7 @@ Each fold has an encoder fitted on its training rows and a model trained on them
 the others. What is computed here comes fold by fold and is put together row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from nanogpt.explore.significance import exceedance_p, merged_p, permutation_tes
 MOST_TESTED = 4000
 """Records of a fold that a permutation test uses."""
 _TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
-_CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05)
+_CONTAMINATIONS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02)
 _LEAST_NUMBERS = 100
 _LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _TOLERANCE = 2.0  # nats
@@ -32,12 +32,14 @@ class Fold:
     Attributes:
         encoded: all records, as this fold's encoder sees them.
         train, test: rows that the model has seen and rows that it has not, ascending.
+        first: (n,) bool, records that repeat no earlier one; None where all are different.
     """
 
     scorer: Scorer
     encoded: Encoded
     train: np.ndarray
     test: np.ndarray
+    first: np.ndarray | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -49,11 +51,14 @@ class Fold:
 
     @cached_property
     def tested(self) -> np.ndarray:
-        """Places in `test` of the records that permutation tests use."""
-        n = len(self.test)
+        """Places in `test` of the records that permutation tests use: copies count once."""
+        places = np.arange(len(self.test))
+        if self.first is not None:
+            places = places[self.first[self.test]]
+        n = len(places)
         if n <= MOST_TESTED:
-            return np.arange(n)
-        return np.sort(np.random.default_rng(n).choice(n, MOST_TESTED, replace=False))
+            return places
+        return np.sort(np.random.default_rng(n).choice(places, MOST_TESTED, replace=False))
 
     def shares(self, place: int) -> np.ndarray:
         """(K,) shares of a field's classes among the training rows, half a record added to each."""
@@ -63,9 +68,20 @@ class Fold:
         return (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
 
 
-def assign_folds(n: int, folds: int, seed: int) -> np.ndarray:
-    """(n,) the fold that tests each record, in equal parts drawn with the seed."""
-    return np.random.default_rng((seed, n, folds)).permutation(np.arange(n) % folds)
+def assign_folds(
+    n: int, folds: int, seed: int, keys: Sequence[Hashable] | None = None
+) -> np.ndarray:
+    """(n,) the fold that tests each record, in equal parts drawn with the seed.
+
+    Args:
+        keys: of each record; equal ones come into one fold, so that no copy is trained on.
+    """
+    if keys is None:
+        keys = range(n)
+    places: dict[Hashable, int] = {}
+    of = np.array([places.setdefault(key, len(places)) for key in keys], np.int64)
+    count = len(places)
+    return np.random.default_rng((seed, count, folds)).permutation(np.arange(count) % folds)[of]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nanogpt.explore.duplicates import (
     near_duplicate_rows,
     near_duplicate_texts,
 )
-from nanogpt.explore.fields import Field, number_text
+from nanogpt.explore.fields import Field, number_text, why_set_aside
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import Groups, related_parts, table_groups, text_groups
 from nanogpt.explore.scoring import Progress, Surprisal
@@ -32,16 +32,17 @@ from nanogpt.explore.wording import (
     dependency_in_words,
     mapping_in_words,
     percent,
-    rank_correlation,
     rows_in_words,
     short,
 )
 
 BLOCKS = 8
+_EIGHTHS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "last")
+_MISSING_MOVES = 0.15
 _GIVEN_AWAY = 0.98  # of the values guessed, by a leak
 _LEFT_WRONG = 0.1  # of the mistakes that guessing the commonest value makes
 _LARGEST = 1e100  # whose square is no overflow
-_SAME_LINE = 0.9999  # correlation of numbers that are one another in other units
+_NEARLY_ALL, _ROUNDING = 0.99, 1e-3  # of numbers that are one another in other units
 _MOST_UNUSUAL, _MOST_ROWS = 100, 1000
 _JOINT_SHARE, _JOINT_BITS = 0.15, 0.1
 _LEAST_FOR_GROUPS = 60
@@ -113,9 +114,8 @@ class _ValueBits:
         bits = self.class_bits[list(rows)].copy()
         for place in self.own:
             codes, counts = self.codes[place][list(rows)], self.counts[place]
-            again = np.array(
-                [(self.first[list(rows)] & (codes == code)).sum() - 1 for code in codes.tolist()]
-            )
+            of_group = np.unique(codes, return_inverse=True)[1]
+            again = np.bincount(of_group, weights=self.first[list(rows)])[of_group] - 1
             left = counts[codes] - np.maximum(again, 0)
             rare = min(1.0, 2 * ((counts == 2).sum() + 1) / ((counts == 1).sum() + 1))
             frequency = np.where(left > 1, left, rare) / self.n
@@ -147,17 +147,21 @@ def gives_away(columns: Columns, pairs: PairTests, a: int, b: int) -> bool:
 
 def same_line(columns: Columns, a: int, b: int) -> tuple[float, float] | None:
     """(slope, intercept) where two numbers are the same in other units."""
-    if not (columns.is_number(a) and columns.is_number(b)):
+    if columns.fields[a].kind != "number" or columns.fields[b].kind != "number":
         return None
     x, y = columns.numbers(a), columns.numbers(b)
-    both = (np.abs(x) < _LARGEST) & (np.abs(y) < _LARGEST)
-    if both.sum() < 10 or np.std(x[both]) == 0 or np.std(y[both]) == 0:
+    known = [np.abs(each) < _LARGEST for each in (x, y)]
+    both = known[0] & known[1]
+    if both.sum() < 10 or (known[0] != known[1]).mean() > 1 - _NEARLY_ALL:
         return None
-    if abs(np.corrcoef(x[both], y[both])[0, 1]) < _SAME_LINE:
+    if np.std(x[both]) == 0 or np.std(y[both]) == 0:
         return None
-    if abs(rank_correlation(x, y)) < _SAME_LINE:  # a few large numbers are no line
+    slope, _ = np.polyfit(x[both] - x[both].mean(), y[both], 1)
+    intercept = y[both].mean() - slope * x[both].mean()
+    off = np.abs(y[both] - slope * x[both] - intercept)
+    # Rounded to some digits, and not merely close to each other.
+    if not np.quantile(off, _NEARLY_ALL) <= _ROUNDING * np.std(y[both]):
         return None
-    slope, intercept = np.polyfit(x[both], y[both], 1)
     return float(slope), float(intercept)
 
 
@@ -315,7 +319,7 @@ def findings(results: Results, set_aside: Sequence[Field], alpha: float) -> list
         _joint_findings(results, alpha),
         _drift_findings(results, alpha),
         _unusual_findings(results, alpha),
-        _repetition_findings(results, alpha),
+        _repetition_findings(results, alpha, [f.name for f in set_aside if f.kind == "id"]),
         _group_findings(results, alpha),
     ]
     found = sorted(
@@ -325,17 +329,23 @@ def findings(results: Results, set_aside: Sequence[Field], alpha: float) -> list
 
 
 def _fact(results: Results, field: Field) -> Finding:
-    n = len(results.columns.records)
-    if field.kind == "constant":
-        column = results.columns.records.column(field.name)
-        value = next((each for each in column if each is not None), None)
-        what = "is missing everywhere" if value is None else f"is {short(value)!r} in every record"
-        sentence = f"{field.name} {what}: it tells nothing"
+    records = results.columns.records
+    n = len(records)
+    column = records.column(field.name)
+    rows: tuple[int, ...] = ()
+    if field.kind == "constant" and field.distinct:
+        value = next(each for each in column if each is not None)
+        sentence = f"{field.name} is {short(value)!r} in every record: it tells nothing"
+    elif field.kind == "constant":
+        sentence = f"{field.name} is missing in every record: it tells nothing"
     else:
-        sentence = (
-            f"{field.name} is different in every record, as an identifier is: it was set aside"
-        )
-    return Finding(field.kind, (field.name,), (), 0.0, "bits", None, n, sentence, 0.0)
+        sentence = f"{field.name} {why_set_aside(field)}: it was set aside, as names of records are"
+        groups = exact_duplicates([row if v is None else v for row, v in enumerate(column)])
+        if groups:
+            rows = tuple(sorted(row for group in groups for row in group)[:_MOST_ROWS])
+            lines = [int(records.lines[row]) for row in groups[0]]
+            sentence += f"; {short(str(column[groups[0][0]]))!r} stands on {rows_in_words(lines)}"
+    return Finding(field.kind, (field.name,), rows, 0.0, "bits", None, n, sentence, 0.0)
 
 
 def _field_findings(results: Results, alpha: float) -> list[Finding]:
@@ -406,6 +416,9 @@ def _pair_finding(
                 f"guessed in {percent(pairs.accuracy[text, other])} of the records, against "
                 f"{percent(pairs.majority[other])} without"
             )
+    if kind == "dependency" and _both_change(results, a, b):
+        details["both_change"] = True
+        sentence += "; both change along the file, which may be all there is to it"
     if also and kind != "duplicate_fields":
         details["also"] = also
         sentence += f" (the same goes for {', '.join(also)})"
@@ -421,6 +434,14 @@ def _pair_finding(
         information * n,
         details,
     )
+
+
+def _both_change(results: Results, a: int, b: int, level: float = 0.05) -> bool:
+    """Whether two fields change along the file: rows that follow each other are then alike."""
+    if a not in results.coded or b not in results.coded:
+        return False
+    places = [results.coded.index(each) for each in (a, b)]
+    return bool((results.q["order"][places] <= level).all())
 
 
 def _along_a_date(columns: Columns, a: int, b: int) -> tuple[int, int] | None:
@@ -447,7 +468,7 @@ def _repeat_in_words(columns: Columns, a: int, b: int) -> str:
     if line is not None:
         slope, intercept = line
         plus = f" {'+' if intercept >= 0 else '-'} {abs(intercept):.4g}"
-        near_zero = abs(intercept) < 1e-6 * max(1.0, abs(slope))
+        near_zero = abs(intercept) < 1e-3 * np.nanstd(columns.numbers(b))
         return (
             f"{name_b} repeats {name_a} in another unit: {name_b} = {slope:.4g} · {name_a}"
             f"{'' if near_zero else plus}"
@@ -488,7 +509,7 @@ def _joint_findings(results: Results, alpha: float) -> list[Finding]:
         if more < max(_JOINT_BITS, _JOINT_SHARE * entropy):
             continue
         chosen, told = _tell_together(results, place)
-        if len(chosen) < 2:
+        if len(chosen) < 2 or told < max(alone, 0.0) + _JOINT_BITS / 2:
             continue
         names = [columns.name(each) for each in chosen]
         sentence = (
@@ -515,9 +536,9 @@ def _tell_together(results: Results, target: int) -> tuple[list[int], float]:
     usable.sort(key=lambda each: -np.nan_to_num(results.pairs.bits[each, target]))
     usable = usable[:12]
 
-    def told(fields: Sequence[int]) -> float:
+    def told(fields: Sequence[int], folds: Sequence[Fold]) -> float:
         total, count = 0.0, 0
-        for fold in results.folds[:2]:
+        for fold in folds:
             some = fold.tested[:1000]
             orders = np.broadcast_to(np.array(fields), (len(some), len(fields)))
             p = fold.scorer.distribution(fold.test_encoded, some, orders, target)
@@ -528,16 +549,18 @@ def _tell_together(results: Results, target: int) -> tuple[list[int], float]:
             count += len(some)
         return total / max(1, count)
 
+    choosing = results.folds[:1]
     best: tuple[float, list[int]] = (-np.inf, [])
     for number, a in enumerate(usable):
         for b in usable[number + 1 :]:
-            best = max(best, (told([a, b]), [a, b]))
+            best = max(best, (told([a, b], choosing), [a, b]))
     for c in usable:
         if c not in best[1] and len(best[1]) == 2:
-            three = told([*best[1], c])
+            three = told([*best[1], c], choosing)
             if three > best[0] * 1.2 + 0.02:
                 best = (three, [*best[1], c])
-    return best[1], best[0]
+    # Chosen on the first fold, and told on others.
+    return best[1], told(best[1], results.folds[1:3]) if best[1] else 0.0
 
 
 def _drift_findings(results: Results, alpha: float) -> list[Finding]:
@@ -562,10 +585,27 @@ def _drift_findings(results: Results, alpha: float) -> list[Finding]:
 
 
 def _change_in_words(columns: Columns, place: int, blocks: Mapping[str, Any]) -> str:
-    first, last = blocks["labels"][0], blocks["labels"][-1]
-    if columns.is_number(place):
-        return f"its median goes from {first} in the first eighth to {last} in the last"
-    return f"{blocks['class']} is {first} of the first eighth and {last} of the last"
+    """From where to where, and where else it is lowest or highest."""
+    values, labels = blocks["values"], blocks["labels"]
+    known = [at for at, value in enumerate(values) if value is not None]
+    low, high = (f(known, key=lambda at: values[at]) for f in (min, max))
+    ends = {known[0], known[-1]}
+    median = blocks["what"] == "median"
+    if {low, high} == ends:
+        first, last = labels[known[0]], labels[known[-1]]
+        if median:
+            return f"its median goes from {first} in the first eighth to {last} in the last"
+        return f"{blocks['class']} is {first} of the first eighth and {last} of the last"
+    which = [_EIGHTHS[at] for at in (low, high)]
+    if median:
+        return (
+            f"its median is lowest in the {which[0]} eighth, {labels[low]}, and highest in the "
+            f"{which[1]}, {labels[high]}"
+        )
+    return (
+        f"{blocks['class']} is rarest in the {which[0]} eighth, {labels[low]}, and commonest in "
+        f"the {which[1]}, {labels[high]}"
+    )
 
 
 def block_values(columns: Columns, place: int, date: int | None = None) -> dict[str, Any]:
@@ -582,7 +622,11 @@ def block_values(columns: Columns, place: int, date: int | None = None) -> dict[
         blocks = np.full(n, -1)
         blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
     count = int(blocks.max()) + 1
-    if columns.is_number(place):
+    codes = columns.codes[:, place]
+    classes = columns.classes[place]
+    assert classes is not None
+    gone = [float((codes[blocks == block] == classes.missing).mean()) for block in range(count)]
+    if columns.is_number(place) and max(gone) - min(gone) < _MISSING_MOVES:
         numbers = columns.numbers(place)
         values = []
         for block in range(count):
@@ -591,12 +635,13 @@ def block_values(columns: Columns, place: int, date: int | None = None) -> dict[
         kind = columns.fields[place].kind
         labels = ["—" if v is None else number_text(v, kind) for v in values]
         return {"what": "median", "class": None, "values": values, "labels": labels}
-    codes = columns.codes[:, place]
     shares = np.stack(
         [np.bincount(codes[blocks == b], minlength=int(codes.max()) + 1) for b in range(count)]
     )
     shares = shares / shares.sum(axis=1, keepdims=True)
     moving = int((shares.max(axis=0) - shares.min(axis=0)).argmax())
+    if columns.is_number(place):
+        moving = classes.missing
     values = shares[:, moving].tolist()
     return {
         "what": "share",
@@ -606,13 +651,17 @@ def block_values(columns: Columns, place: int, date: int | None = None) -> dict[
     }
 
 
-def guilty_cells(results: Results) -> tuple[np.ndarray, np.ndarray]:
+def guilty_cells(results: Results, alpha: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(n,) the field that fits worst in each record, and (n,) the bits that it is off by.
 
-    Where two fields are off alike - each does not fit the other - it is the one further right.
+    Of those found at level alpha, if there is one. Where two fields are off alike - each does not
+    fit the other - it is the one further right.
     """
     places = list(results.cells)
     gain = np.stack([results.cells[place].gain_bits for place in places])
+    if alpha is not None:
+        found = results.q["cells"] <= alpha
+        gain = np.where(found | ~found.any(axis=0), gain, -1.0)
     worst = gain.max(axis=0)
     close = gain >= _ALIKE * worst
     chosen = len(places) - 1 - np.argmax(close[::-1], axis=0)
@@ -626,7 +675,7 @@ def _unusual_findings(results: Results, alpha: float) -> list[Finding]:
     found = []
     row_q = results.q["cells"].min(axis=0, initial=1.0)
     if results.cells:
-        guilty, bits = guilty_cells(results)
+        guilty, bits = guilty_cells(results, alpha)
         for row in np.flatnonzero(row_q <= alpha).tolist():
             place = int(guilty[row])
             name = columns.name(place)
@@ -731,7 +780,9 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _repetition_findings(results: Results, alpha: float) -> list[Finding]:
+def _repetition_findings(
+    results: Results, alpha: float, identifiers: Sequence[str]
+) -> list[Finding]:
     columns = results.columns
     lines, n = columns.records.lines, len(columns.records)
     q = results.q["duplicates"]
@@ -741,11 +792,12 @@ def _repetition_findings(results: Results, alpha: float) -> list[Finding]:
         rows = sorted(row for group, _ in exact for row in group)
         copies = sum(len(group) - 1 for group, _ in exact)
         evidence = sum(-np.log2(max(p, 1e-300)) for _, p in exact)
+        how = f"in all but {', '.join(map(short, identifiers))}" if identifiers else "exactly"
         pairs = "; ".join(
             rows_in_words([int(lines[row]) for row in group], 3) for group, _ in exact[:3]
         )
         sentence = (
-            f"{copies:,} record{'s repeat others' if copies != 1 else ' repeats another'} exactly, "
+            f"{copies:,} record{'s repeat others' if copies != 1 else ' repeats another'} {how}, "
             f"which chance would not do: {pairs}{'; …' if len(exact) > 3 else ''}"
         )
         details = {"groups": [group for group, _ in exact[:_MOST_ROWS]]}

@@ -47,6 +47,7 @@ class Field:
         distinct: different values.
         words: values that mean missing here, such as NA among numbers.
         odd: values of another type than the rest, read as "other".
+        repeated: records whose value stands in an earlier one.
     """
 
     name: str
@@ -55,6 +56,20 @@ class Field:
     distinct: int
     words: tuple[str, ...] = ()
     odd: int = 0
+    repeated: int = 0
+
+
+def why_set_aside(field: Field) -> str:
+    """What a field is that tells nothing about the others, after its name."""
+    if field.kind == "constant":
+        if not field.distinct:
+            return "is missing in every record"
+        return "is the same in every record"
+    if field.repeated or field.missing:
+        lost = f", and is missing in {field.missing:,}" if field.missing else ""
+        present = field.distinct + field.repeated
+        return f"has {field.distinct:,} different values in {present:,} records{lost}"
+    return "is different in every record"
 
 
 def describe_fields(records: Records) -> list[Field]:
@@ -70,7 +85,8 @@ def _describe(name: str, column: Sequence[Value], format: str) -> Field:
     def made(kind: str, words: Sequence[str] = (), odd: int = 0) -> Field:
         lost = sum(counts[word] for word in words)
         distinct = len(counts) - len(words)
-        return Field(name, kind, missing + lost, distinct, tuple(words), odd)
+        repeated = len(present) - lost - distinct
+        return Field(name, kind, missing + lost, distinct, tuple(words), odd, repeated)
 
     if len(counts) + bool(missing) < 2:
         return made("constant")
@@ -88,6 +104,8 @@ def _describe(name: str, column: Sequence[Value], format: str) -> Field:
         rest = len(present) - fits - sum(counts[word] for word in words)
         if not fitting or rest > 0.05 * len(present):
             continue
+        if kind == "number" and _are_codes(fitting):
+            break  # 00501 is a name of something
         if len(fitting) <= _FEW_NUMBERS:
             break  # so few numbers are names of things
         if kind == "number" and not others and _are_ids(column, counts):
@@ -103,6 +121,16 @@ def _describe(name: str, column: Sequence[Value], format: str) -> Field:
         if len(counts) >= _ID_SHARE * n and n >= _LEAST_FOR_ID:
             return made("id")
     return made("category")
+
+
+def _are_codes(values: Sequence[str]) -> bool:
+    """Digits of one length, some of which begin with 0."""
+    return (
+        len({len(value) for value in values}) == 1
+        and all(value.isdigit() for value in values)
+        and len(values[0]) > 1
+        and any(value[0] == "0" for value in values)
+    )
 
 
 def _are_ids(column: Sequence[Value], counts: Counter[str]) -> bool:
@@ -147,7 +175,15 @@ def number_text(value: float, kind: str) -> str:
     if kind == "date":
         moment = datetime.fromtimestamp(value * 86_400, UTC)
         return moment.strftime("%Y-%m-%d" if value == int(value) else "%Y-%m-%d %H:%M")
-    return f"{value:.6g}"
+    if abs(value) < 1e15 and value == int(value):
+        return str(int(value))
+    return (
+        f"{value:.6g}"
+        if abs(value) < 1e6
+        else f"{value:.1f}"
+        if abs(value) < 1e15
+        else f"{value:g}"
+    )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from nanogpt.explore.fields import (
     as_numbers,
     describe_fields,
     number_text,
+    why_set_aside,
 )
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import plane
@@ -50,7 +51,7 @@ from nanogpt.tokenizer import RecordTokenizer, Tokenizer
 _TRAINING_FLOPS = 1.2e13  # a minute or two on two cores: what more folds than two may take
 _SCORED_TOKENS = 20_000_000
 _SCORING_COST = 0.28  # of a token, beside one of training
-_LEAST_RECORDS = 10
+_LEAST_RECORDS, _MOSTLY_DISTINCT = 10, 0.7
 _MOST_SHOWN, _MOST_PLANE, _SHOWN_LETTERS = 50, 2000, 300
 _NEIGHBOURS, _MOST_NEIGHBOURS, _MOST_JUDGED = 10, 5000, 500
 _STATE_ORDERS = 4
@@ -218,7 +219,14 @@ class KnowledgeDiscovery:
         goes_on = self.n_folds == 2 and 2 * flops > _TRAINING_FLOPS and fixed is None
         passes = 1.5 if goes_on else self.n_folds
         self._total = tokens * passes + _SCORING_COST * self._scored_tokens()
-        assignment = assign_folds(n, self.n_folds, self.seed)
+        columns = self._columns_of(encoder)
+        keys = columns.keys
+        rare = len(set(keys)) >= _MOSTLY_DISTINCT * n  # else equal records are only to be expected
+        assignment = assign_folds(n, self.n_folds, self.seed, keys if rare else None)
+        distinct = np.ones(n, bool)
+        if rare:
+            distinct[:] = False
+            distinct[columns.first_of_each] = True
         self._folds: list[Fold] = []
         for number in range(self.n_folds):
             rows = np.flatnonzero(assignment != number)
@@ -228,7 +236,7 @@ class KnowledgeDiscovery:
             name = f"fold-{number + 1}"
             model = self._model(name, encoded.take(rows), number, store, self.initial)
             test = np.flatnonzero(assignment == number)
-            self._folds.append(Fold(Scorer(model, own), encoded, rows, test))
+            self._folds.append(Fold(Scorer(model, own), encoded, rows, test, distinct))
         self._what = f"training, part {self.n_folds + 1} of {self.n_folds + 1}"
         shown, begun = self.encoded, self.initial
         if goes_on:
@@ -310,7 +318,9 @@ class KnowledgeDiscovery:
 
     @cached_property
     def _columns(self) -> Columns:
-        encoder = self.encoded.encoder
+        return self._columns_of(self.encoded.encoder)
+
+    def _columns_of(self, encoder: Encoder) -> Columns:
         return Columns(self.records, self.used, encoder.classes, self.encoded.codes)
 
     @cached_property
@@ -607,12 +617,11 @@ class KnowledgeDiscovery:
         }
 
     def _field_notes(self) -> list[str]:
-        notes = []
-        for field in self.fields:
-            if field.kind == "id":
-                notes.append(f"{field.name} was set aside: it is different in every record")
-            if field.kind == "constant":
-                notes.append(f"{field.name} was set aside: it is the same in every record")
+        notes = [
+            f"{field.name} was set aside: it {why_set_aside(field)}"
+            for field in self.fields
+            if field.kind in ("id", "constant")
+        ]
         return [*notes, *reading_notes(self.fields)]
 
     def _field_part(self, field: Field) -> dict[str, Any]:
@@ -626,10 +635,10 @@ class KnowledgeDiscovery:
         part["role"] = "set aside" if aside else "used"
         part["reason"] = None
         if aside:
-            part["reason"] = "different in every record" if field.kind == "id" else "constant"
+            part["reason"] = why_set_aside(field)
         if field.kind in ("number", "date"):
             numbers = as_numbers(column, field.kind)
-            numbers = numbers[np.isfinite(numbers)]
+            numbers = numbers[np.abs(numbers) < 1e100]  # larger ones have no width to count in
             if len(numbers):
                 counts, edges = np.histogram(numbers, bins=min(24, max(4, len(numbers) // 10)))
                 part["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}

@@ -154,6 +154,10 @@ def dependency_in_words(columns: Columns, a: int, b: int) -> str:
         if abs(rho) >= 0.15:
             way = "rises" if rho > 0 else "falls"
             return f"{name_b} {way} with {name_a} (rank correlation {rho:.2f})"
+        n = int((~np.isnan(columns.numbers(a) + columns.numbers(b))).sum())
+        if abs(rho) >= 2 / np.sqrt(max(1, n)):
+            way = "rises" if rho > 0 else "falls"
+            return f"{name_b} {way} a little with {name_a} (rank correlation {rho:.2f})"
         return f"{name_b} goes with {name_a}, though neither rises nor falls with it" + _example(
             columns, a, b
         )
