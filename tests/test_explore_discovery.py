@@ -337,6 +337,65 @@ def test_small_tables_in_which_nothing_is_hold_nothing(seed):
     assert KnowledgeDiscovery(seed=seed, epochs=4).fit(rows).discover() == []
 
 
+def test_two_fields_that_change_along_the_file_are_said_to():
+    rng = np.random.default_rng(0)
+    walks = rng.normal(size=(300, 2)).cumsum(axis=0)
+    rows = [{"a": f"{a:.3f}", "b": f"{b:.3f}"} for a, b in walks]
+    found = KnowledgeDiscovery(folds=2, seed=0).fit(rows).discover()
+    assert sum(each.kind == "drift" for each in found) == 2
+    together = [each for each in found if each.kind == "dependency"]
+    assert all("both change along the file too" in each.sentence for each in together)
+    hump = [{"x": f"{rng.normal(4 * np.sin(k / 400 * np.pi), 1):.3f}", "y": "uv"[k % 2]}
+            for k in range(400)]  # fmt: skip
+    (drift,) = KnowledgeDiscovery(folds=2, seed=0).fit(hump).discover()
+    assert "highest in the fo" in drift.sentence or "highest in the fi" in drift.sentence
+
+
+def test_copies_let_no_false_finding_through():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": str(rng.choice(list("pqr"))), "b": f"{rng.normal():.3f}",
+         "c": str(rng.choice(list("xyzw"))), "d": f"{rng.normal():.3f}"}
+        for _ in range(300)
+    ]  # fmt: skip
+    rows += [dict(rows[k]) for k in range(60)]
+    kd = KnowledgeDiscovery(folds=3, seed=0).fit(rows)
+    assert [each.kind for each in kd.discover()] == ["duplicates"]
+    for fold in kd._folds:
+        keys = [tuple(kd.records[row].values()) for row in range(360)]
+        assert not {keys[row] for row in fold.train} & {keys[row] for row in fold.test}
+
+
+def test_close_numbers_are_not_the_same_in_another_unit():
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(200):
+        start = rng.uniform(0, 1000)
+        end = start + rng.uniform(0, 4)  # correlated by 0.99999
+        rows.append(
+            {"start": f"{start:.4f}", "end": f"{end:.4f}", "c": str(rng.choice(["u", "v"]))}
+        )
+    found = KnowledgeDiscovery(folds=2, seed=0).fit(rows).discover()
+    assert found[0].fields == ("start", "end") or found[0].fields == ("end", "start")
+    assert "another unit" not in found[0].sentence
+
+
+def test_what_is_said_of_names_of_records():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"id": f"C{k:05d}", "zip": f"{int(rng.integers(100)):05d}", "x": "uv"[int(rng.integers(2))],
+         "y": str(rng.choice(["p", "q"]))}
+        for k in range(200)
+    ]  # fmt: skip
+    rows[150]["id"] = rows[3]["id"]
+    kd = KnowledgeDiscovery(folds=2, seed=0).fit(rows)
+    (fact,) = kd.discover()
+    assert "id has 199 different values in 200 records" in fact.sentence
+    assert "'C00003' stands on lines 4 and 151" in fact.sentence
+    assert fact.rows == (3, 150)
+    assert {field.name: field.kind for field in kd.fields}["zip"] == "category"
+
+
 def fold_of(rows, seed=0):
     """A fold whose model is not trained: groups must come from the data, not from the model."""
     records = Records.from_rows(rows)

@@ -24,7 +24,11 @@ from nanogpt.explore.fields import Field, number_text, why_set_aside
 from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import Groups, related_parts, table_groups, text_groups
 from nanogpt.explore.scoring import Progress, Surprisal
-from nanogpt.explore.significance import benjamini_hochberg, exceedance_p, false_discovery_rates
+from nanogpt.explore.significance import (
+    benjamini_hochberg,
+    exceedance_p,
+    false_discovery_rates,
+)
 from nanogpt.explore.terms import KeyTerm, key_terms, words
 from nanogpt.explore.wording import (
     Columns,
@@ -418,7 +422,7 @@ def _pair_finding(
             )
     if kind == "dependency" and _both_change(results, a, b):
         details["both_change"] = True
-        sentence += "; both change along the file, which may be all there is to it"
+        sentence += "; both change along the file too"
     if also and kind != "duplicate_fields":
         details["also"] = also
         sentence += f" (the same goes for {', '.join(also)})"
@@ -437,7 +441,7 @@ def _pair_finding(
 
 
 def _both_change(results: Results, a: int, b: int, level: float = 0.05) -> bool:
-    """Whether two fields change along the file: rows that follow each other are then alike."""
+    """Whether two fields change along the file: that alone may make them go together."""
     if a not in results.coded or b not in results.coded:
         return False
     places = [results.coded.index(each) for each in (a, b)]
@@ -589,9 +593,9 @@ def _change_in_words(columns: Columns, place: int, blocks: Mapping[str, Any]) ->
     values, labels = blocks["values"], blocks["labels"]
     known = [at for at, value in enumerate(values) if value is not None]
     low, high = (f(known, key=lambda at: values[at]) for f in (min, max))
-    ends = {known[0], known[-1]}
+    extremes = {values[low], values[high]}
     median = blocks["what"] == "median"
-    if {low, high} == ends:
+    if {values[known[0]], values[known[-1]]} == extremes:
         first, last = labels[known[0]], labels[known[-1]]
         if median:
             return f"its median goes from {first} in the first eighth to {last} in the last"
