@@ -179,7 +179,7 @@ def exceedance_p(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
     scale = mean * (1 - fitted)
     shape = max(fitted, 0.0)
     if fitted > _HEAVY and threshold > 0:  # where moments need not exist (Hill 1975)
-        shape = max(shape, float(np.log(top / threshold).mean()))
+        shape = max(shape, float((np.log(top) - np.log(threshold)).mean()))
     shape += (1 + shape) / np.sqrt(count)
     beyond = np.maximum(scores - threshold, 0.0)
     with np.errstate(over="ignore"):
