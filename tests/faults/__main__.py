@@ -24,44 +24,56 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--damaged", type=int, default=100_000, help="files to damage (100000)")
     parser.add_argument("--kills", type=int, default=2500, help="processes to kill (2500)")
+    parser.add_argument("--no-crash-points", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    started = time.perf_counter()
-    report = damage.run(options.damaged, seed=options.seed)
-    for row in report.as_rows():
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
-    for failure in report.failures[:50]:
+    failures: list[str] = []
+    found: dict[str, Any] = {}
+    if options.damaged:
+        failures += _damage(options.damaged, options.seed, found)
+    if not options.no_crash_points:
+        failures += _cut_off(found)
+    if options.kills:
+        failures += _kill(options.kills, options.seed, found)
+    for failure in failures[:50]:
         print("FAILED:", failure)
+    _record(found)
+    return int(bool(failures))
+
+
+def _damage(total: int, seed: int, found: dict[str, Any]) -> list[str]:
+    started = time.perf_counter()
+    report = damage.run(total, seed=seed)
     seconds = time.perf_counter() - started
     print(f"{report.total:,} damaged files, {len(report.failures)} failures, {seconds:.0f} s")
-    found = {"damaged": report.as_rows()}
-    failed = bool(report.failures)
+    found["damaged"] = report.as_rows()
+    return report.failures
+
+
+def _cut_off(found: dict[str, Any]) -> list[str]:
     reason = crash_points.why_not()
     if reason:
         print(f"crash points of a save were not tried: {reason}")
-    else:
-        points = crash_points.run()
-        total = sum(points.tried.values())
-        for failure in points.failures:
-            print("FAILED:", failure)
-        print(f"{total} crash points of a save, {len(points.failures)} failures; ", end="")
-        print(", ".join(f"{what} loads: {count}" for what, count in points.outcomes.items()))
-        found["crash points"] = points.as_rows()
-        failed |= bool(points.failures)
+        return []
+    points = crash_points.run()
+    loads = ", ".join(f"{what} loads: {count}" for what, count in points.outcomes.items())
+    total = sum(points.tried.values())
+    print(f"{total} crash points of a save, {len(points.failures)} failures; {loads}")
+    found["crash points"] = points.as_rows()
+    return points.failures
+
+
+def _kill(total: int, seed: int, found: dict[str, Any]) -> list[str]:
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        killed = kills.run(Path(folder), options.kills, seed=options.seed)
-    for failure in killed.failures:
-        print("FAILED:", failure)
+        killed = kills.run(Path(folder), total, seed=seed)
     runs = sum(row["runs"] for row in killed.rows.values())
     seconds = time.perf_counter() - started
     print(
         f"{killed.kills:,} kills in {runs:,} runs, {len(killed.failures)} failures, {seconds:.0f} s"
     )
     found["kills"] = killed.as_rows()
-    failed |= bool(killed.failures)
-    _record(found)
-    return int(failed)
+    return killed.failures
 
 
 def _record(found: dict[str, Any]) -> None:
