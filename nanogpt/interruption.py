@@ -26,13 +26,28 @@ def signals_noted() -> Iterator[list[int]]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the process in order, so that temporary files go."""
+    """SIGTERM ends the process in order, so that temporary files go.
+
+    Compiled code may swallow what the handler raises and raise something of its own, which is then
+    no error: the process was told to end.
+    """
+    received: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(EXIT_CODES[signal.SIGTERM])
 
-    with _handlers({signal.SIGTERM: leave}):
-        yield
+    with _handlers({signal.SIGTERM: leave, signal.SIGINT: leave}):
+        try:
+            yield
+        except Exception:
+            if not received:
+                raise
+            if received[-1] == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(EXIT_CODES[signal.SIGTERM]) from None
 
 
 @contextmanager

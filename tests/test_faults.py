@@ -1,6 +1,7 @@
 """The harnesses of tests/faults in their short form, and that each of them can fail."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from faults import crash_points, damage, kills
 
 from nanogpt.errors import UsageError
+from nanogpt.interruption import terminable
 from nanogpt.model import GPT
 
 
@@ -133,3 +135,19 @@ def test_the_kills_see_a_run_that_ends_in_another_way(tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "_outcome", other)
     report = kills.run(tmp_path, 1, names=("plain",), most_of_a_run=1)
     assert [each for each in report.failures if "another outcome" in each]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)]
+)
+def test_a_signal_that_compiled_code_swallows_still_ends_the_process(number, raised):
+    def compiled():
+        try:
+            os.kill(os.getpid(), getattr(signal, number))
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(raised), terminable():
+        compiled()
+    with pytest.raises(ValueError, match="an error of its own"), terminable():
+        raise ValueError("an error of its own")
