@@ -119,7 +119,7 @@ def _faults(parts: dict[str, Any]) -> list[str]:
     lines = []
     for rows in parts.values():
         heads = list(rows[0])
-        lines += [_line(heads), "|" + "---|" * len(heads)]
+        lines += [""] * bool(lines) + [_line(heads), "|" + "---|" * len(heads)]
         lines += [
             _line([f"{row[head]:,}" if head != heads[0] else row[head] for head in heads])
             for row in rows
