@@ -244,11 +244,11 @@ class KnowledgeDiscovery:
             encoder, self.encoded, begun = first.encoder, first.encoded, first.scorer.model
             shown = first.encoded.take(first.test)
         self.model = self._model("final", shown, self.n_folds, store, begun)
-        self.__dict__.pop("_columns", None)
         self.tokenizer = encoder.tokenizer
         self.scorer = Scorer(self.model, encoder)
         self._what = "looking"
-        self.__dict__.pop("_results", None)
+        for name in ("_columns", "_crossfitted", "_results"):  # of an earlier fit
+            self.__dict__.pop(name, None)
         return self
 
     def _plan(self, encoded: Encoded) -> LearningPlan:
