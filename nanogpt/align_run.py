@@ -26,6 +26,7 @@ from nanogpt.plan import choose_kernels, find_start, make_identity, run_path
 from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
 from nanogpt.run_directory import RunDirectory, json_ready
+from nanogpt.saver import Saver
 from nanogpt.self_align import (
     FitConfig,
     SelfAlignConfig,
@@ -169,6 +170,11 @@ class _Run:
 
     def carry_out(self, trainer: SelfAlignTrainer, output: Path) -> int:
         """Rounds until it stops by itself; every one is saved."""
+        with Saver(self.folder, None, self.say, unit="round") as saver:
+            self._go_on(trainer, saver)
+        return self._leave(trainer, output)
+
+    def _go_on(self, trainer: SelfAlignTrainer, saver: Saver) -> None:
         while trainer.stopped is None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", RuntimeWarning)
@@ -183,7 +189,9 @@ class _Run:
                 self.say(f"WARNING: {str(warning.message).replace('distil_beta', '--distil-beta')}")
             if trainer.stopped is None or trainer.rounds[-1]["round"] > self.told:
                 self._tell_round(trainer)
-            self._save(trainer)
+            self._save(trainer, saver)
+
+    def _leave(self, trainer: SelfAlignTrainer, output: Path) -> int:
         kept = max(row["round"] for row in trainer.rounds if row["kept"])
         reason = trainer.stopped or ""
         self.say(f"stopped: {reason.replace('distil_beta', '--distil-beta')}")
@@ -226,7 +234,7 @@ class _Run:
             f"text{change}"
         )
 
-    def _save(self, trainer: SelfAlignTrainer) -> None:
+    def _save(self, trainer: SelfAlignTrainer, saver: Saver) -> None:
         state = {
             "finished": trainer.stopped is not None,
             "seconds": self._seconds,
@@ -235,10 +243,7 @@ class _Run:
         model = trainer.policy.model  # type: ignore[attr-defined]
         # A number of its own for what is saved without a new round: that it has stopped.
         step = len(trainer.rounds) + (trainer.stopped is not None)
-        try:
-            self.folder.save(step, model, trainer.state(), state, model)
-        except OSError as error:
-            self.say(f"WARNING: round {step} could not be saved: {error.strerror or error}")
+        saver.save(step, model, trainer.state(), state, is_best=True)
 
     @property
     def _seconds(self) -> float:

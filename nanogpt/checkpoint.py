@@ -12,6 +12,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,40 @@ SUFFIXES = (".pth", ".safetensors")
 _SAFETENSORS_KEY = "nanogpt"
 
 
-def save(model: GPT, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """What a model file holds of a model.
+
+    Attributes:
+        content: configuration, tokenizer and calibration, JSON-ready.
+        tensors: the weights, on the CPU.
+    """
+
+    content: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def to_model(self) -> GPT:
+        """The model, in evaluation mode.
+
+        Raises: ValueError, TypeError or KeyError where the content has no usable configuration;
+            RuntimeError where the weights do not fit it.
+        """
+        model = GPT(GPTConfig(**self.content["config"]))
+        model.load_state_dict({**self.tensors, metadata.KEY: metadata.to_tensor(self.content)})
+        return model.eval()
+
+
+def snapshot(model: GPT, *, copy: bool = True) -> Snapshot:
+    """A model as it is now. Copies stay what they are when the model is trained on."""
+    tensors = {
+        name: value.detach().to("cpu", copy=copy).contiguous()
+        for name, value in model.state_dict().items()
+        if name != metadata.KEY
+    }
+    return Snapshot(model.describe(), tensors)
+
+
+def save(model: GPT | Snapshot, path: str | os.PathLike[str]) -> None:
     """Write a model with its configuration, tokenizer and calibration to one file.
 
     Args:
@@ -37,12 +71,9 @@ def save(model: GPT, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_suffix(path)
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-        if name != metadata.KEY
-    }
-    sealed = metadata.seal(model.describe(), tensors)
+    taken = snapshot(model, copy=False) if isinstance(model, GPT) else model
+    tensors = taken.tensors
+    sealed = metadata.seal(taken.content, tensors)
     if path.suffix == ".pth":
         state = {**tensors, metadata.KEY: metadata.to_tensor(sealed)}
         write_atomically(path, lambda file: write_tensors(state, file))
@@ -71,12 +102,11 @@ def load(
     # Before anything is allocated for a shape that the weights do not have.
     if config.n_parameters() != sum(tensor.numel() for tensor in tensors.values()):
         raise InputError(f"{path} is damaged: its weights do not fit its configuration")
-    model = GPT(config)
     try:
-        model.load_state_dict({**tensors, metadata.KEY: metadata.to_tensor(content)})
+        model = Snapshot(content, tensors).to_model()
     except RuntimeError:
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
-    return model.to(device).eval(), model.tokenizer
+    return model.to(device), model.tokenizer
 
 
 def check_suffix(path: Path) -> None:

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "export": (configuration.ExportConfig, "nanogpt.export.command"),
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,6 +54,7 @@ from nanogpt.reward_data import (
     record_groups,
 )
 from nanogpt.run_directory import Checkpoint, RunDirectory, json_ready
+from nanogpt.saver import Saver
 from nanogpt.tilt import WeightStats
 from nanogpt.tokenizer import (
     BPETokenizer,
@@ -562,14 +563,13 @@ class _Training:
     ) -> None:
         self.run, self.name, self.folder = run, name, folder
         self.model, self.trainer = model, trainer
-        self.best: GPT | Path = model
+        self.saver = Saver(folder, start, run.say)
         self.best_epoch: int | None = None
         self.best_val_loss: float | None = None
         self.earlier = 0.0
         self.started = time.monotonic()
         if start is not None:
             trainer.load_state(start.load_trainer())
-            self.best = start.folder / "best.safetensors"
             self.best_epoch = start.state["best_epoch"]
             self.best_val_loss = start.state["best_val_loss"]
             self.earlier = start.state["seconds"]
@@ -579,7 +579,7 @@ class _Training:
         """Train to the end or to a signal: the best model, the state, the signal."""
         trainer, config = self.trainer, self.run.plan.config
         bar = TrainingProgress(trainer.total_steps, trainer.progress.step, quiet=config.json)
-        with bar, signals_noted() as received:
+        with bar, self.saver, signals_noted() as received:
             bar.say(f"{self.name}: {trainer.total_steps:,} steps")
             tokens, skipped, since = 0, 0, time.monotonic()
             while not trainer.finished and not received:
@@ -595,29 +595,29 @@ class _Training:
                         f"--learning-rate or --dtype float32 may help"
                     )
                 if step.step % trainer.steps_per_epoch == 0:
-                    self._judge(trainer.measure_epoch(), step.learning_rate, bar)
-                    self._save(bar)
+                    is_best = self._judge(trainer.measure_epoch(), step.learning_rate, bar)
+                    self._save(is_best)
             if received:
                 if not trainer.finished:
                     self._event(bar, f"{signal.Signals(received[0]).name} ended it early")
-                    self._save(bar)
+                    if not self.saver.has(trainer.progress.step):
+                        self._save(is_best=False)
                 return self.model, self._state(), signal.Signals(received[0])
-        best = self.best if isinstance(self.best, GPT) else checkpoint.load(self.best)[0]
-        return best.to(self.run.plan.device).eval(), self._state(), None
+        return self.saver.best().to(self.run.plan.device), self._state(), None
 
     @property
     def _seconds(self) -> float:
         return round(self.earlier + time.monotonic() - self.started, 3)
 
-    def _judge(self, epoch: EpochMetrics, rate: float, bar: TrainingProgress) -> None:
-        """Note the epoch's figures, and whether this is the best model so far."""
+    def _judge(self, epoch: EpochMetrics, rate: float, bar: TrainingProgress) -> bool:
+        """Note the epoch's figures. Returns whether this is the best model so far."""
         weighted = self.run.plan.objective == "weighted" or self.name == BASE
         val_loss = (epoch.val_nll_weighted if weighted else epoch.val_loss).mean
         # Without anything held out the latest model is the best one.
         judged = self.trainer.eval_examples is not None
         is_best = not judged or self.best_val_loss is None or val_loss < self.best_val_loss
         if is_best:
-            self.best, self.best_epoch = self.model, epoch.epoch
+            self.best_epoch = epoch.epoch
             self.best_val_loss = val_loss if math.isfinite(val_loss) else None
         row = {
             "step": epoch.step,
@@ -645,6 +645,7 @@ class _Training:
                 shown.append(text.format(value))
         mark = "  (best so far)" if is_best else ""
         bar.say(f"{self.name}, epoch {epoch.epoch}: {', '.join(shown)}{mark}")
+        return is_best
 
     def _event(self, bar: TrainingProgress, message: str) -> None:
         bar.say(f"note: {message}")
@@ -660,17 +661,10 @@ class _Training:
             "seconds": self._seconds,
         }
 
-    def _save(self, bar: TrainingProgress) -> None:
-        """Save; a failure leaves the run going on with the checkpoint before it."""
+    def _save(self, is_best: bool) -> None:
         state = {**self._state(), "journals": self.folder.journal_sizes()}
         step = self.trainer.progress.step
-        try:
-            saved = self.folder.save(step, self.model, self.trainer.state(), state, self.best)
-            self.best = saved.folder / "best.safetensors"
-        except OSError as error:
-            if self.best is self.model:
-                self.best = copy.deepcopy(self.model)
-            bar.say(f"WARNING: the checkpoint of step {step:,} failed: {error.strerror or error}")
+        self.saver.save(step, self.model, self.trainer.state(), state, is_best=is_best)
 
 
 def _table(arms: Sequence[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ manifest with sizes and SHA-256 last, then renamed. The newest that verifies cou
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -72,6 +73,7 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         self._refuse_foreign()
+        made = [each for each in (self.path, *self.path.absolute().parents) if not each.exists()]
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
@@ -82,6 +84,8 @@ class RunDirectory:
         except OSError:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}") from None
+        for folder in made:
+            checkpoint.fsync(folder.parent)
         self._sweep()
         return self
 
@@ -176,9 +180,7 @@ class RunDirectory:
         return records
 
     def journal_sizes(self) -> dict[str, int]:
-        """Bytes of every journal, durable on disk; they go into the checkpoint."""
-        for file in self._journals.values():
-            os.fsync(file.fileno())
+        """Bytes of every journal; they go into the checkpoint, which makes them durable."""
         paths = {name: self.path / name for name in _JOURNALS}
         return {name: p.stat().st_size if p.exists() else 0 for name, p in paths.items()}
 
@@ -194,17 +196,24 @@ class RunDirectory:
     def save(
         self,
         step: int,
-        model: GPT,
+        model: GPT | checkpoint.Snapshot,
         trainer: Mapping[str, Any],
         state: Mapping[str, Any],
-        best: GPT | Path,
+        best: GPT | checkpoint.Snapshot | Path,
     ) -> Checkpoint:
         """Write a checkpoint, read it back, and only then drop older ones.
 
         Args:
+            trainer: of the optimizer and whatever else; what torch reads with `weights_only`.
+            state: of the counters, JSON-ready; with the sizes of the journals.
             best: the best model so far, or the file of an earlier checkpoint that holds it.
         Raises: OSError where it cannot be written; the older ones are untouched then.
         """
+        if shutil.disk_usage(self.path).free < _bytes_of(model) + _bytes_of(trainer):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        for file in list(self._journals.values()):
+            os.fsync(file.fileno())
+        checkpoint.fsync(self.path)
         parent = self.path / "checkpoints"
         final = parent / f"{step:08d}"
         temporary = parent / f".{step:08d}.{os.getpid()}.tmp"
@@ -275,12 +284,25 @@ def json_ready(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def _write_best(best: GPT | Path, model: GPT, folder: Path) -> None:
+def _bytes_of(value: Any) -> int:
+    """Bytes of all tensors in it."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, GPT):
+        return sum(each.nbytes for each in value.parameters())
+    if isinstance(value, checkpoint.Snapshot):
+        return _bytes_of(value.tensors)
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, list | tuple) else 0
+
+
+def _write_best(best: Any, model: Any, folder: Path) -> None:
     target = folder / "best.safetensors"
-    if isinstance(best, GPT) and best is not model:
+    if not isinstance(best, Path) and best is not model:
         checkpoint.save(best, target)
         return
-    source = folder / "model.safetensors" if isinstance(best, GPT) else best
+    source = best if isinstance(best, Path) else folder / "model.safetensors"
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

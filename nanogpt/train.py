@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
     sys.exit(main(["train", *sys.argv[1:]]))
 
-import copy
 import dataclasses
 import json
 import math
@@ -47,6 +46,7 @@ from nanogpt.plan import (
 from nanogpt.progress import TrainingProgress
 from nanogpt.reporter import Reporter, flags_as_text
 from nanogpt.run_directory import Checkpoint, RunDirectory
+from nanogpt.saver import Saver
 from nanogpt.trainer import (
     Position,
     Trainer,
@@ -111,12 +111,18 @@ def run(config: TrainConfig) -> int:
             trainer = make_trainer(plan, corpus, initial, start, picked)
             reporter = Reporter(plan, corpus, folder, machine.versions())
             _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
-            stopped_by = _train(plan, trainer, corpus, folder, reporter)
-            return _finish(plan, trainer, folder, reporter, output, stopped_by)
+            saver = Saver(folder, start, _say)
+            stopped_by = _train(plan, trainer, corpus, folder, reporter, saver)
+            return _finish(plan, trainer, folder, reporter, output, saver, stopped_by)
 
 
 def _train(
-    plan: Plan, trainer: Trainer, corpus: Corpus, folder: RunDirectory, reporter: Reporter
+    plan: Plan,
+    trainer: Trainer,
+    corpus: Corpus,
+    folder: RunDirectory,
+    reporter: Reporter,
+    saver: Saver,
 ) -> int | None:
     """The loop. Returns the signal that ended it early, or None."""
     config, position = plan.config, trainer.position
@@ -126,7 +132,7 @@ def _train(
     earlier_seconds, started = position.seconds, time.monotonic()
     failures = 0
     bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
-    with bar, signals_noted() as received:
+    with bar, saver, signals_noted() as received:
         while position.step < plan.total_steps and not received:
             step_started = time.perf_counter()
             starts = plan.order.starts(position.step)
@@ -158,7 +164,7 @@ def _train(
             reporter.scalars(row)
             if evaluate_now:
                 _write_sample(plan, trainer, folder, reporter)
-                _save_checkpoint(trainer, folder, bar)
+                _save_checkpoint(trainer, folder, saver)
                 reporter.write(position, "running")
         position.seconds = earlier_seconds + time.monotonic() - started
         if received and not position.finished:
@@ -166,7 +172,8 @@ def _train(
             _event(
                 folder, bar, position.step, "interrupted", f"{name} after {position.step:,} steps"
             )
-            _save_checkpoint(trainer, folder, bar)
+            if not saver.has(position.step):
+                _save_checkpoint(trainer, folder, saver)
             return received[0]
     return None
 
@@ -197,13 +204,12 @@ def _evaluate_and_judge(
     """The validation part of a row of metrics; notes the best model and raises the alarm."""
     position = trainer.position
     if plan.bytes_per_target is None:  # no validation text: the last model is the best one
-        trainer.best, position.best_step = trainer.model, position.step
+        position.best_step = position.step
         return {}
     val_loss = evaluate(trainer.model, val_tokens, device=plan.device, dtype=plan.dtype)
     is_best = position.best_val_loss is None or val_loss < position.best_val_loss
     if is_best:
         position.best_step, position.best_val_loss = position.step, val_loss
-        trainer.best = trainer.model
     bits = plan.bits_per_byte(val_loss)
     bar.evaluated(position.step, val_loss, bits, is_best)
     if row["train_loss"] is not None:
@@ -258,21 +264,11 @@ def _sample(model: GPT, device: torch.device, config: TrainConfig) -> str:
     return tokenizer.decode(out[0].tolist())
 
 
-def _save_checkpoint(trainer: Trainer, folder: RunDirectory, bar: TrainingProgress) -> None:
-    """Save; a failure leaves the run going on with the checkpoint before it."""
-    state = {
-        "position": dataclasses.asdict(trainer.position),
-        "journals": folder.journal_sizes(),
-    }
-    best = trainer.model if trainer.best is None else trainer.best
-    try:
-        saved = folder.save(trainer.position.step, trainer.model, trainer.state(), state, best)
-        trainer.best = saved.folder / "best.safetensors"
-    except OSError as error:
-        if best is trainer.model:
-            trainer.best = copy.deepcopy(trainer.model)
-        reason = error.strerror or error
-        bar.say(f"WARNING: the checkpoint of step {trainer.position.step:,} failed: {reason}")
+def _save_checkpoint(trainer: Trainer, folder: RunDirectory, saver: Saver) -> None:
+    position = trainer.position
+    state = {"position": dataclasses.asdict(position), "journals": folder.journal_sizes()}
+    is_best = position.best_step == position.step
+    saver.save(position.step, trainer.model, trainer.state(), state, is_best=is_best)
 
 
 def _introduce(
@@ -313,6 +309,7 @@ def _finish(
     folder: RunDirectory,
     reporter: Reporter,
     output: Path,
+    saver: Saver,
     stopped_by: int | None,
 ) -> int:
     """Leave the model file, the report and a sample; or say how to go on."""
@@ -338,10 +335,7 @@ def _finish(
     if stopped_by is not None:
         say(f"saved after {position.step:,} steps; the same command goes on from here")
     else:
-        best = trainer.best if isinstance(trainer.best, GPT) else None
-        if best is None:
-            assert isinstance(trainer.best, Path)
-            best = checkpoint.load(trainer.best)[0]
+        best = saver.best()
         checkpoint.write_output(best, output)
         say(f"wrote {output}: the best model, of step {position.best_step:,}")
         say(f"report: {report}")

@@ -36,8 +36,8 @@ ALLOWED = {
     "comparison": MODEL | {"judge", "offline_rl", "records", "text_measures"},
     "offline_run": FILES
     | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
-    | {"reporter", "reward_data", "run_directory", "tilt"},
-    "align_run": FILES | {"plan", "reporter", "run_directory", "self_align", "terms"},
+    | {"reporter", "reward_data", "run_directory", "saver", "tilt"},
+    "align_run": FILES | {"plan", "reporter", "run_directory", "saver", "self_align", "terms"},
     "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -50,6 +50,7 @@ ALLOWED = {
     "checkpoint": MODEL,
     "machine": {"errors", "kernels"},
     "run_directory": MODEL | {"checkpoint"},
+    "saver": MODEL | {"checkpoint", "run_directory"},
     "progress": set(),
     "interruption": set(),
     "plan": FILES | {"run_directory"},
@@ -73,7 +74,7 @@ ALLOWED = {
     },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
-    | {"interruption", "plan", "progress", "reporter", "run_directory", "trainer", "cli"},
+    | {"interruption", "plan", "progress", "reporter", "run_directory", "saver", "trainer", "cli"},
     "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
@@ -84,7 +85,7 @@ ALLOWED = {
     "__init__": MODEL
     | {"checkpoint", "reward_decoding", "reward_model", "rewards", "text_rewards"},
     "__main__": {"cli"},
-    "export": FILES | {"cli"},
+    "export": FILES | {"cli", "interruption"},
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",

@@ -150,6 +150,8 @@ def test_an_interrupted_run_goes_on_to_bit_identical_weights(train, text_file, m
     assert train(*common, *parts).code == 130
     interrupt_at(13, signal.SIGTERM)
     assert train(*common, *parts).code == 143
+    interrupt_at(17, signal.SIGUSR1)
+    assert train(*common, *parts).code == 128 + signal.SIGUSR1
     assert not Path("parts.pth").exists()
     monkeypatch.setattr(train_module, "optimizer_step", real)
     assert train(*common, *parts).code == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,18 +10,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from nanogpt import checkpoint
-from nanogpt.cli import TERMINATED
 from nanogpt.config import ExportConfig
 from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.export import archive, gguf, hf, torchscript
 from nanogpt.export.quantize import QUANTIZATIONS, weights_of
 from nanogpt.export.verify import Agreement, compare
+from nanogpt.interruption import terminable
 from nanogpt.model import GPT
 from nanogpt.tokenizer import RecordTokenizer
 
@@ -76,7 +74,7 @@ def run(config: ExportConfig) -> int:
     checkpoint.check_writable(Path(os.path.realpath(output)))
     model, _ = checkpoint.load(config.model)
     say = partial(print, file=sys.stderr, flush=True)
-    with _ends_in_order():
+    with terminable():
         report = export_model(
             model, output, format=config.format, quantize=config.quantize, verify=config.verify
         )
@@ -161,20 +159,6 @@ def check_combination(format: str, quantize: str, output: Path) -> None:
                 f"--output {output} is no earlier export, as it lacks {missing[0]}: "
                 f"give a new folder"
             )
-
-
-@contextmanager
-def _ends_in_order() -> Iterator[None]:
-    """SIGTERM as an exception, so that what is half written is removed."""
-
-    def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    earlier = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
 
 
 Outcome = tuple[list[Agreement], str | None]
