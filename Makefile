@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 # Parts and flags of benchmarks/gpu.py, such as GPU_FLAGS="attention ffn".
 GPU_FLAGS ?=
+# Flags of tests/faults, such as FAULTS_FLAGS="--kills 100 --damaged 1000".
+FAULTS_FLAGS ?=
 # 0 lets a build go on without its native parts where they do not compile.
 export NANOGPT_REQUIRE_NATIVE ?= 1
 export NANOGPT_DATA ?= $(wildcard ../shared/data)
@@ -75,8 +77,8 @@ format: build  ## rewrite the code in the project's style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-faults: build  ## damage 100,000 files, cut off a save everywhere, kill 2,500 processes
-	$(RUN) tests/faults
+faults: build  ## damage files, cut saves off, cut the power, kill and stop runs: half an hour
+	$(RUN) tests/faults $(FAULTS_FLAGS)
 
 bench: build  ## measure this machine: the fused operations, a training step, writing
 	$(RUN) -m pytest benchmarks --benchmark-only

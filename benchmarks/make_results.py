@@ -117,13 +117,13 @@ def _checks(checks: dict[str, Any]) -> list[str]:
 def _faults(parts: dict[str, Any]) -> list[str]:
     """What was done to files and processes on purpose, and what came of it."""
     lines = []
-    for rows in parts.values():
-        heads = list(rows[0])
-        lines += [""] * bool(lines) + [_line(heads), "|" + "---|" * len(heads)]
-        lines += [
-            _line([f"{row[head]:,}" if head != heads[0] else row[head] for head in heads])
-            for row in rows
-        ]
+    for part in parts.values():
+        heads = list(part["rows"][0])
+        lines += [""] * bool(lines) + [f"{part['summary']}:", ""]
+        lines += [_line(heads), "|" + "---|" * len(heads)]
+        for row in part["rows"]:
+            cells = [row[head] for head in heads]
+            lines.append(_line([f"{c:,}" if isinstance(c, int) else str(c) for c in cells]))
     return lines
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, metadata
+from nanogpt import metadata
 from nanogpt.config import AdvancedConfig
 from nanogpt.data import prepare
 from nanogpt.errors import InputError
@@ -198,8 +198,8 @@ class _Run:
         model = trainer.policy.model  # type: ignore[attr-defined]
         if kept == 0:
             self.say("no round was kept: the model written is the one of --init")
-        checkpoint.write_output(model, output)
-        self.say(f"wrote {output}: round {kept}")
+        if self.folder.deliver(model, output):
+            self.say(f"wrote {output}: round {kept}")
         report = self._write_report(trainer, kept, model)
         self.say(f"report: {report}")
         if self.config.json:

@@ -8,9 +8,12 @@ check sums.
 """
 
 import contextlib
+import fcntl
+import glob
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from nanogpt.tokenizer import Tokenizer
 
 SUFFIXES = (".pth", ".safetensors")
 _SAFETENSORS_KEY = "nanogpt"
+# A temporary file is younger for as long as its writer has not locked it yet.
+_LEFT_OVER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def check_output(output: Path) -> None:
 
 def write_output(model: GPT, output: Path) -> None:
     """Save a model where --output says, with the folders above it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     save(model, output)
 
 
@@ -212,9 +217,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], str]]:
+    _sweep_beside(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
+            _is_ours_alone(file)  # until it is closed: it is not left over
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(file.fileno(), 0o666 & ~umask)  # mkstemp's own files are private
@@ -223,6 +230,31 @@ def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], str]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _sweep_beside(path: Path) -> None:
+    """Remove what processes that were killed have left of writing this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - left.stat().st_mtime > _LEFT_OVER_SECONDS and _is_ours_alone(file):
+                left.unlink()
+
+
+def _is_ours_alone(file: IO[bytes]) -> bool:
+    """Lock a file against other processes; False where one has it or where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, all durable, where they are not there yet."""
+    made = [each for each in (path, *path.absolute().parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        fsync(folder.parent)
 
 
 def fsync(path: Path) -> None:

@@ -318,8 +318,7 @@ class _Run:
                 models[name] = model
                 if name == BASE:
                     self.initial = model
-                if name == WEIGHTED and not (summary["already"] and self.output.exists()):
-                    checkpoint.write_output(model, self.output)
+                if name == WEIGHTED and folder.deliver(model, self.output):
                     self.say(f"wrote {self.output}: the best model, of epoch {state['best_epoch']}")
             arms = self._compare(models, folder)
             report = self._write_report(folder, "finished", arms)
@@ -388,7 +387,7 @@ class _Run:
                 again = "--resume never trains anew"
                 self.say(f"this run is finished, in {folder.path} ({again})")
             model = start.load_model("best").set_kernels("auto").to(plan.device)
-            return model, {**start.state, "already": True}, None
+            return model, start.state, None
         picked, why = choose_kernels(
             config.kernels, plan.shape, plan.device, plan.dtype, config.batch_size,
             folder if start else None,
@@ -539,11 +538,9 @@ class _Run:
             "findings": [asdict(finding) for finding in self.plan.findings],
             "output": str(self.output),
             "run_dir": str(folder.path),
-            "already": state.get("already", False),
         }
 
     def _end(self, summary: dict[str, Any], received: signal.Signals | None) -> int:
-        summary.pop("already", None)
         if self.plan.config.json:
             print(json.dumps(json_ready(summary), allow_nan=False))
         return 0 if received is None else EXIT_CODES[received]

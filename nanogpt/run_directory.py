@@ -6,6 +6,7 @@
     samples.jsonl events.jsonl
     checkpoints/00000500/  model.safetensors best.safetensors trainer.pt state.json manifest.json
     report.html  report.json  findings.json  tensorboard/  lock
+    delivered.json         where the finished run's model has been written
 
 A checkpoint is a folder that appears whole: written beside its place, every file fsynced, the
 manifest with sizes and SHA-256 last, then renamed. The newest that verifies counts.
@@ -33,6 +34,7 @@ from nanogpt.model import GPT
 MANIFEST = "manifest.json"
 _KEPT = 2
 _PAGES = ("report.html", "report.json", "findings.json")
+_DELIVERED = "delivered.json"
 _JOURNALS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
@@ -73,10 +75,10 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         self._refuse_foreign()
-        made = [each for each in (self.path, *self.path.absolute().parents) if not each.exists()]
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            checkpoint.make_folder(self.path / "checkpoints")
             self._lock = (self.path / "lock").open("w")
+            checkpoint.fsync(self.path)  # before anything that the lock says is ours
         except OSError as error:
             raise UsageError(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
         try:
@@ -84,8 +86,6 @@ class RunDirectory:
         except OSError:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}") from None
-        for folder in made:
-            checkpoint.fsync(folder.parent)
         self._sweep()
         return self
 
@@ -144,7 +144,7 @@ class RunDirectory:
         for folder in ("checkpoints", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         (self.path / "checkpoints").mkdir()
-        for name in (*_JOURNALS, *_PAGES):
+        for name in (*_JOURNALS, *_PAGES, _DELIVERED):
             (self.path / name).unlink(missing_ok=True)
         self.write("config.yaml", yaml.safe_dump(dict(flags), sort_keys=False))
         self.write("run.json", json.dumps(content, indent=1, sort_keys=True))
@@ -157,6 +157,33 @@ class RunDirectory:
         """Replace report.html."""
         self.write("report.html", html)
         return self.path / "report.html"
+
+    # The model that the run was for.
+
+    def has_delivered(self, output: Path) -> bool:
+        """Whether this run has written its model there, and a file is there still."""
+        return output.exists() and str(output.absolute()) in self._delivered()
+
+    def deliver(self, model: GPT, output: Path) -> bool:
+        """Write the finished run's model where --output says.
+
+        Once: what is made of the file later, such as a calibration, stays.
+        Returns: whether it was written now.
+        """
+        if self.has_delivered(output):
+            return False
+        checkpoint.write_output(model, output)
+        outputs = sorted({*self._delivered(), str(output.absolute())})
+        self.write(_DELIVERED, json.dumps({"outputs": outputs}, indent=1))
+        return True
+
+    def _delivered(self) -> list[str]:
+        try:
+            content = json.loads((self.path / _DELIVERED).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return []
+        outputs = content.get("outputs") if isinstance(content, dict) else None
+        return [each for each in outputs or () if isinstance(each, str)]
 
     # Journals: files of one JSON object a line, cut back to the checkpoint on resume.
 

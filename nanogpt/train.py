@@ -86,8 +86,11 @@ def run(config: TrainConfig) -> int:
         path = run_path(config, corpus.name, plan.shape, identity)
         with RunDirectory(path, warn=_say) as folder:
             start = find_start(config, folder, identity)
-            if start is not None and start.state["position"]["finished"]:
-                return _already_finished(config, folder, start, output, say)
+            finished = start is not None and start.state["position"]["finished"]
+            if start is not None and finished:
+                say(f"this run is finished, in {folder.path} (--resume never trains anew)")
+                if folder.has_delivered(output):
+                    return _already_finished(config, folder, start, output)
             picked, choices["kernels"] = choose_kernels(
                 config.kernels,
                 plan.shape,
@@ -110,7 +113,8 @@ def run(config: TrainConfig) -> int:
                 folder.cut_journals(start.state["journals"])
             trainer = make_trainer(plan, corpus, initial, start, picked)
             reporter = Reporter(plan, corpus, folder, machine.versions())
-            _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
+            if not finished:
+                _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
             saver = Saver(folder, start, _say)
             stopped_by = _train(plan, trainer, corpus, folder, reporter, saver)
             return _finish(plan, trainer, folder, reporter, output, saver, stopped_by)
@@ -336,7 +340,7 @@ def _finish(
         say(f"saved after {position.step:,} steps; the same command goes on from here")
     else:
         best = saver.best()
-        checkpoint.write_output(best, output)
+        folder.deliver(best, output)
         say(f"wrote {output}: the best model, of step {position.best_step:,}")
         say(f"report: {report}")
         if config.sample_tokens and not config.json:
@@ -351,14 +355,8 @@ def _already_finished(
     folder: RunDirectory,
     start: Checkpoint,
     output: Path,
-    say: Callable[[str], None],
 ) -> int:
-    """The same command again: say so, and bring back what is missing."""
-    say(f"this run is finished, in {folder.path} (--resume never trains anew)")
-    if not output.exists():
-        checkpoint.write_output(start.load_model("best"), output)
-        best_step = start.state["position"]["best_step"]
-        say(f"wrote {output} again: the best model, of step {best_step:,}")
+    """The same command again, with nothing left to do."""
     if config.json:
         position = start.state["position"]
         summary = {

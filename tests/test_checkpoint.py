@@ -1,5 +1,6 @@
 """Model files: whole or refused, equal for equal models, readable the ways the README says."""
 
+import fcntl
 import json
 import os
 import random
@@ -196,3 +197,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_has_left_beside_the_file_goes_and_nothing_else(tmp_path):
+    """Old temporary files of the same name; none that is young or in use, and no other's."""
+    path = tmp_path / "model [1].pth"
+    left = {}
+    for name in ("old", "young", "in use"):
+        left[name] = tmp_path / f".{path.name}.{name}.tmp"
+        left[name].write_bytes(b"half")
+    left["another's"] = tmp_path / ".model 1.pth.old.tmp"
+    left["another's"].write_bytes(b"half")
+    for name in left.keys() - {"young"}:
+        os.utime(left[name], (1, 1))
+    with left["in use"].open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        save(make_model(), path)
+    assert {name for name, each in left.items() if each.exists()} == {
+        "young",
+        "in use",
+        "another's",
+    }
+    assert load(path)[0].describe() == make_model().describe()

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import crash_points, damage, kills
+from faults import crash_points, damage, kills, lost_writes
 
+from nanogpt import trainer
 from nanogpt.errors import UsageError
 from nanogpt.interruption import terminable
 from nanogpt.model import GPT
@@ -122,19 +123,80 @@ def test_a_run_that_was_killed_before_it_was_described_begins_anew(tmp_path):
 def test_runs_that_are_killed_end_as_if_they_were_not(tmp_path):
     report = kills.run(tmp_path, 6, seed=3, names=("dropout",), most_of_a_run=6)
     assert report.failures == []
-    assert report.kills >= 5
+    assert report.interruptions >= 5
+
+
+def test_runs_that_are_stopped_after_any_step_end_as_if_they_were_not(tmp_path):
+    names = ("accumulation", "float16", "rewards")
+    report = kills.restarts(tmp_path, 12, seed=1, names=names, workers=2)
+    assert report.failures == []
+    assert report.interruptions >= 12
+    assert len(report.points) >= 8
+    assert {name for name, _ in report.points} == set(names)
 
 
 def test_the_kills_see_a_run_that_ends_in_another_way(tmp_path, monkeypatch):
     real = kills._outcome
 
     def other(place):
-        weights, metrics = real(place)
-        return weights, metrics[:-1] if place.name.endswith("-killed") else metrics
+        outcome = real(place)
+        if not place.name.endswith("-whole"):
+            outcome["metrics.jsonl"].pop()
+        return outcome
 
     monkeypatch.setattr(kills, "_outcome", other)
     report = kills.run(tmp_path, 1, names=("plain",), most_of_a_run=1)
-    assert [each for each in report.failures if "another outcome" in each]
+    assert any("another metrics.jsonl" in each for each in report.failures)
+    assert report.rows["plain"]["failures"] == len(report.failures)
+
+
+def test_the_restarts_see_dropout_that_forgets_its_step(tmp_path, monkeypatch):
+    """A trainer whose dropout depends on how long its process has lived is caught."""
+    lived = iter(range(10**6))
+    monkeypatch.setattr(trainer, "seed_dropout", lambda *_: torch.manual_seed(next(lived)))
+    report = kills.restarts(tmp_path, 2, names=("dropout",), most_of_a_run=2)
+    assert any("another model" in each for each in report.failures)
+
+
+@needs_strace
+def test_a_power_cut_loses_nothing_that_was_told():
+    report = lost_writes.run("dropout", every=4, random_parts=1, resume_every=40)
+    assert report.failures == []
+    assert report.cuts > 50
+    assert report.with_checkpoint > 20
+    assert report.resumed >= 1
+
+
+@needs_strace
+def test_the_power_cuts_see_a_run_that_syncs_nothing():
+    def careless():
+        os.fsync = lambda handle: None
+
+    report = lost_writes.run(
+        "dropout", every=12, random_parts=1, resume_every=10**6, prepare=careless
+    )
+    assert any("was saved and is lost" in each for each in report.failures)
+    assert any("neither the old nor the new one" in each for each in report.failures)
+
+
+def test_a_disk_keeps_what_was_synced_and_any_part_of_the_rest():
+    """A file that is written, synced and written again, and whose name is synced late."""
+    names = lost_writes.Names(0, (("f", 1),))
+    events = [names, lost_writes.Bytes(1, 0, b"ab"), lost_writes.Sync(1),
+              lost_writes.Bytes(1, 2, b"cd"), lost_writes.Sync(0)]  # fmt: skip
+    after = lost_writes.Disk({0: {"f": 1}}, {1: bytearray(b"abcd")})
+    recording = lost_writes.Recording(lost_writes.Disk(), after, events, {}, Path(), "")
+    found = {
+        (what.split(",")[0], bytes(disk.files[1]) if "f" in disk.folders[0] else None)
+        for disk, *_, what in lost_writes.disks_after_a_cut(
+            recording, np.random.default_rng(0), 1, 30
+        )
+    }
+    assert {raw for event, raw in found if event == "event 1"} == {None, b""}
+    assert {raw for event, raw in found if event == "event 3"} == {None, b"ab"}
+    at_four = {raw for event, raw in found if event == "event 4"}
+    assert at_four == {None, b"ab", b"abcd", b"ab\0\0"}
+    assert {raw for event, raw in found if event == "event 5"} == at_four - {None}
 
 
 @pytest.mark.parametrize(

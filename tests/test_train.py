@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nanogpt as package
+from nanogpt import checkpoint
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
 from nanogpt.plan import first_difference
@@ -200,6 +201,32 @@ def test_a_finished_run_says_so_and_restores_a_missing_output(train, text_file):
     assert outcome.code == 0
     assert "this run is finished" in outcome.err
     assert Path("gpt.pth").read_bytes() == before
+
+
+def test_a_finished_run_writes_over_an_older_file_but_not_over_what_became_of_its_own(
+    train, text_file, tmp_path
+):
+    """A power cut may come between the last checkpoint and the model file."""
+    flags = ("--text", text_file, "--max-steps", 4, "--run-dir", "run")
+    assert train(*flags).code == 0
+    trained = Path("gpt.pth").read_bytes()
+    older = package.GPT(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    checkpoint.save(older, "gpt.pth")
+    Path("run/delivered.json").unlink()  # as before the file was written
+    outcome = train(*flags)
+    assert "is finished" in outcome.err
+    assert "wrote gpt.pth" in outcome.err
+    assert Path("gpt.pth").read_bytes() == trained
+
+    checkpoint.save(older, "gpt.pth")  # now somebody's own
+    outcome = train(*flags)
+    assert outcome.code == 0
+    assert "wrote" not in outcome.err
+    assert Path("gpt.pth").read_bytes() != trained
+    # Another name is another file, whatever stands there.
+    Path("other.pth").write_bytes(b"something")
+    assert "wrote other.pth" in train(*flags, "--output", "other.pth").err
+    assert Path("other.pth").read_bytes() == trained
 
 
 def test_resume_never_trains_anew_and_the_result_is_the_same(train, text_file):

@@ -458,7 +458,7 @@ class _Exploration:
         """Model, page and findings, where they were asked for and in the run directory."""
         page = render_knowledge_report(report)
         findings = _as_text({name: report[name] for name in _FOR_PROGRAMS if name in report})
-        checkpoint.write_output(final, self.output)
+        self.folder.deliver(final, self.output)
         files = {
             "output": str(self.output),
             "report": str(self.folder.write_report(page)),

@@ -8,15 +8,19 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT)]
 
-from recording import RESULTS, device_name, slug, write_checks  # noqa: E402
+from recording import RESULTS, checked_out_commit, device_name, slug, write_checks  # noqa: E402
 
-from faults import crash_points, damage, kills  # noqa: E402
+from faults import crash_points, damage, kills, lost_writes  # noqa: E402
+
+Part = tuple[str, list[dict[str, Any]], list[str]]
+"""What was counted in words, a table of it, and everything that must not be."""
 
 
 def main() -> int:
@@ -24,56 +28,82 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--damaged", type=int, default=100_000, help="files to damage (100000)")
     parser.add_argument("--kills", type=int, default=2500, help="processes to kill (2500)")
-    parser.add_argument("--no-crash-points", action="store_true")
+    parser.add_argument("--restarts", type=int, default=1000, help="runs to stop (1000)")
+    parser.add_argument("--power-cuts", type=int, default=5, help="recordings to cut off (5)")
+    parser.add_argument("--crash-points", type=int, default=1, help="0 leaves them out (1)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes beside one another (2)")
     options = parser.parse_args()
-    failures: list[str] = []
+    parts: dict[str, tuple[int, Callable[[int, argparse.Namespace], Part]]] = {
+        "damaged files": (options.damaged, _damage),
+        "crash points": (options.crash_points, _cut_off),
+        "power cuts": (options.power_cuts, _cut_power),
+        "kills": (options.kills, _kill),
+        "restarts": (options.restarts, _stop),
+    }
     found: dict[str, Any] = {}
-    if options.damaged:
-        failures += _damage(options.damaged, options.seed, found)
-    if not options.no_crash_points:
-        failures += _cut_off(found)
-    if options.kills:
-        failures += _kill(options.kills, options.seed, found)
+    failures: list[str] = []
+    for name, (number, carry_out) in parts.items():
+        if not number:
+            continue
+        reason = crash_points.why_not() if carry_out in (_cut_off, _cut_power) else ""
+        if reason:
+            print(f"{name}: not tried, as {reason}")
+            continue
+        started = time.perf_counter()
+        what, rows, bad = carry_out(number, options)
+        summary = f"{what}, {len(bad)} failures, {time.perf_counter() - started:.0f} s"
+        print(summary, flush=True)
+        found[name] = {"summary": f"{summary}, commit {checked_out_commit()}", "rows": rows}
+        failures += bad
     for failure in failures[:50]:
         print("FAILED:", failure)
     _record(found)
     return int(bool(failures))
 
 
-def _damage(total: int, seed: int, found: dict[str, Any]) -> list[str]:
-    started = time.perf_counter()
-    report = damage.run(total, seed=seed)
-    seconds = time.perf_counter() - started
-    print(f"{report.total:,} damaged files, {len(report.failures)} failures, {seconds:.0f} s")
-    found["damaged"] = report.as_rows()
-    return report.failures
+def _damage(total: int, options: argparse.Namespace) -> Part:
+    report = damage.run(total, seed=options.seed)
+    return f"{report.total:,} damaged files", report.as_rows(), report.failures
 
 
-def _cut_off(found: dict[str, Any]) -> list[str]:
-    reason = crash_points.why_not()
-    if reason:
-        print(f"crash points of a save were not tried: {reason}")
-        return []
+def _cut_off(number: int, options: argparse.Namespace) -> Part:
     points = crash_points.run()
     loads = ", ".join(f"{what} loads: {count}" for what, count in points.outcomes.items())
     total = sum(points.tried.values())
-    print(f"{total} crash points of a save, {len(points.failures)} failures; {loads}")
-    found["crash points"] = points.as_rows()
-    return points.failures
+    return f"{total} crash points of a save ({loads})", points.as_rows(), points.failures
 
 
-def _kill(total: int, seed: int, found: dict[str, Any]) -> list[str]:
-    started = time.perf_counter()
+def _cut_power(number: int, options: argparse.Namespace) -> Part:
+    reports = {
+        name: lost_writes.run(name, seed=options.seed, recordings=number, resume_every=1)
+        for name in lost_writes.NAMES
+    }
+    cuts = sum(report.cuts for report in reports.values())
+    disks = sum(report.disks for report in reports.values())
+    rows = [{"run": name, **report.as_row()} for name, report in reports.items()]
+    failures = [f"{name}: {each}" for name in reports for each in reports[name].failures]
+    return f"{cuts:,} power cuts that left {disks:,} different disks", rows, failures
+
+
+def _kill(total: int, options: argparse.Namespace) -> Part:
+    return _interrupt("kills", kills.run, total, options)
+
+
+def _stop(total: int, options: argparse.Namespace) -> Part:
+    return _interrupt("restarts", kills.restarts, total, options)
+
+
+def _interrupt(
+    word: str, carry_out: Callable[..., kills.Report], total: int, options: argparse.Namespace
+) -> Part:
     with tempfile.TemporaryDirectory() as folder:
-        killed = kills.run(Path(folder), total, seed=seed)
-    runs = sum(row["runs"] for row in killed.rows.values())
-    seconds = time.perf_counter() - started
-    print(
-        f"{killed.kills:,} kills in {runs:,} runs, {len(killed.failures)} failures, {seconds:.0f} s"
-    )
-    found["kills"] = killed.as_rows()
-    return killed.failures
+        report = carry_out(Path(folder), total, seed=options.seed, workers=options.workers)
+    runs = sum(row["runs"] for row in report.rows.values())
+    what = f"{report.interruptions:,} {word} in {runs:,} runs"
+    if report.points:
+        what += f" at {len(report.points)} different steps"
+    return what, report.as_rows(), report.failures
 
 
 def _record(found: dict[str, Any]) -> None:

@@ -1,62 +1,66 @@
-"""Runs that are killed at random moments, again and again, and go on each time.
+"""Runs that are killed at random moments, or stopped at random steps, and go on each time.
 
 Every configuration is run once without interruption. Then the same command is started in forked
-processes, killed at random moments, and started again until it finishes: the model file must be
-the same bit by bit, the metrics the same line by line without a gap or a repeat, and no checkpoint
-that was there before a kill may be missing after it.
+processes, which are killed or stopped, and started again until it finishes: the model file must be
+the same bit by bit, the metrics and samples the same line by line without a gap or a repeat, and no
+checkpoint that was there before a kill may be missing after it.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanogpt import cli
+from nanogpt import checkpoint, cli, offline_rl, train
 
+_CPU = ["--threads", "1", "--device", "cpu"]
 _TINY = [
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "16",
-    "--block-size",
-    "16",
-    "--batch-size",
-    "8",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-]
+    "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "8",
+    *_CPU,
+]  # fmt: skip
+_OUTPUT = ["--output", "{place}/model.safetensors"]
+_FILES = [*_OUTPUT, "--run-dir", "{place}/run"]
 _TRAIN = [
     "train", "--text", "{data}/text.txt", *_TINY, "--max-steps", "40", "--eval-interval", "4",
-    "--sample-tokens", "8", "--no-tensorboard",
+    "--sample-tokens", "8", "--no-tensorboard", *_FILES,
 ]  # fmt: skip
 CONFIGURATIONS: dict[str, list[str]] = {
     "plain": _TRAIN,
     "accumulation": [*_TRAIN, "--micro-batch-size", "3"],
     "dropout": [*_TRAIN, "--dropout", "0.2", "--bias"],
     "bfloat16": [*_TRAIN, "--dtype", "bfloat16"],
-    "rewards": ["advanced", "--offline-data", "{data}/rewards.txt", *_TINY, "--epochs", "2"],
+    "float16": [*_TRAIN, "--dtype", "float16", "--micro-batch-size", "4", "--dropout", "0.1"],
+    "rewards": [
+        "advanced", "--offline-data", "{data}/rewards.txt", *_TINY, "--epochs", "2", *_FILES
+    ],
     "rounds": [
         "advanced", "--align-terms", "times", "--init", "{data}/begin.pth", "--anchor-text",
         "{data}/text.txt", "--rounds", "2", "--num-generations", "16", "--max-completion-length",
-        "12", "--batch-size", "8", "--threads", "1", "--device", "cpu",
+        "12", "--batch-size", "8", *_CPU, *_FILES,
     ],
     "explore": [
         "explore", "--data", "{data}/table.csv", "--n-layer", "1", "--n-head", "1", "--n-embd", "8",
-        "--epochs", "1", "--folds", "2", "--threads", "1", "--device", "cpu",
+        "--epochs", "1", "--folds", "2", *_CPU, *_FILES,
+    ],
+    "calibrate": [
+        "calibrate", "--model", "{data}/begin.pth", "--text", "{data}/text.txt", "--per-token",
+        *_CPU, *_OUTPUT,
     ],
 }  # fmt: skip
+TRAINED = ("plain", "accumulation", "dropout", "bfloat16", "float16")
+STEPPING = (*TRAINED, "rewards")
+"""Configurations that can be stopped after any step."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _UNEVEN = ("seconds", "tokens_per_second")  # of metrics.jsonl: what the clock says
 
 
@@ -69,16 +73,21 @@ def make_data(folder: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [f"{a},{a * 2},{rng.choice(['x', 'y'])}\n" for a in rng.integers(0, 4, 60).tolist()]
     (folder / "table.csv").write_text("a,b,c\n" + "".join(rows))
-    begin = [*_TRAIN, "--output", "{data}/begin.pth", "--run-dir", "{data}/begin"]
-    assert _run(_filled(begin, folder), folder / "log.txt") == 0, (folder / "log.txt").read_text()
+    begin = _command("plain", folder, folder / "begin")
+    begin += ["--output", str(folder / "begin.pth")]
+    assert _run(begin, folder / "log.txt") == 0, (folder / "log.txt").read_text()
 
 
-def _filled(arguments: Sequence[str], data: Path) -> list[str]:
-    return [each.replace("{data}", str(data)) for each in arguments]
+def _command(name: str, data: Path, place: Path) -> list[str]:
+    places = {"{data}": str(data), "{place}": str(place)}
+    arguments = CONFIGURATIONS[name]
+    for word, path in places.items():
+        arguments = [each.replace(word, path) for each in arguments]
+    return arguments
 
 
-def _start(arguments: list[str], log: Path) -> int:
-    """Fork a process that runs a command as a new one would."""
+def _start(arguments: list[str], log: Path, prepare: Callable[[], None] | None = None) -> int:
+    """Fork a process that runs a command as a new one would, after `prepare`."""
     child = os.fork()
     if child:
         return child
@@ -87,6 +96,9 @@ def _start(arguments: list[str], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        checkpoint._LEFT_OVER_SECONDS = -1
+        if prepare is not None:
+            prepare()
         code = cli.main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -94,19 +106,24 @@ def _start(arguments: list[str], log: Path) -> int:
         os._exit(code)
 
 
-def _run(arguments: list[str], log: Path) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(_start(arguments, log), 0)[1])
+def _run(arguments: list[str], log: Path, prepare: Callable[[], None] | None = None) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(_start(arguments, log, prepare), 0)[1])
 
 
-def _outcome(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    """The model file and the metrics, without what the clock says."""
-    metrics = []
-    path = run / "run" / "metrics.jsonl"
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            metrics.append({k: v for k, v in record.items() if k not in _UNEVEN})
-    return (run / "model.safetensors").read_bytes(), metrics
+def _outcome(place: Path) -> dict[str, Any]:
+    """What a run leaves, without what the clock says."""
+    run = place / "run"
+    left: dict[str, Any] = {"model": (place / "model.safetensors").read_bytes()}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = run / name
+        rows = (
+            [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        )
+        left[name] = [{k: v for k, v in row.items() if k not in _UNEVEN} for row in rows]
+    findings = run / "findings.json"
+    left["findings.json"] = findings.read_bytes() if findings.exists() else None
+    left["unfinished files"] = [path.name for path in place.rglob(".*.tmp")]
+    return left
 
 
 def _committed(run: Path) -> set[str]:
@@ -119,99 +136,231 @@ def _committed(run: Path) -> set[str]:
 
 @dataclass
 class Report:
-    """Counts by configuration, and everything that must not be."""
+    """Counts by configuration, and everything that must not be.
+
+    Attributes:
+        rows: of each configuration its runs, its interruptions and its failures.
+        points: (configuration, step) of every restart, where the step is known.
+    """
 
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    points: set[tuple[str, int]] = field(default_factory=set)
 
     @property
-    def kills(self) -> int:
-        return sum(row["kills"] for row in self.rows.values())
+    def interruptions(self) -> int:
+        return sum(row["interruptions"] for row in self.rows.values())
+
+    def fail(self, name: str, what: str) -> None:
+        self.failures.append(f"{name}: {what}")
+        self.rows[name]["failures"] += 1
 
     def as_rows(self) -> list[dict[str, Any]]:
-        """JSON-ready: of each configuration its runs and kills."""
+        """JSON-ready, a row for each configuration."""
         return [{"configuration": name, **row} for name, row in self.rows.items()]
 
+    def __iadd__(self, other: "Report") -> "Report":
+        for name, row in other.rows.items():
+            mine = self.rows.setdefault(name, dict.fromkeys(row, 0))
+            for key, count in row.items():
+                mine[key] += count
+        self.failures += other.failures
+        self.points |= other.points
+        return self
 
-def run(
+
+@dataclass
+class _Whole:
+    """An uninterrupted run: what it left, its seconds, its optimizer steps."""
+
+    outcome: dict[str, Any]
+    seconds: float
+    steps: int
+
+
+Interrupt = Callable[["_Task", str, np.random.Generator, int], tuple[int, int]]
+
+
+@dataclass
+class _Task:
+    """What the processes of the pool share."""
+
+    folder: Path
+    whole: dict[str, _Whole]
+    interrupt: Interrupt
+    most_of_a_run: int
+    seed: int
+
+
+def run(folder: Path, kills: int, **more: Any) -> Report:
+    """Kill processes at random moments; SIGKILL mostly, and a tenth by what can be caught.
+
+    Args:
+        folder: empty; everything is made in it.
+        more: see `_spread`.
+    """
+    return _spread(folder, kills, _killed, **more)
+
+
+def restarts(folder: Path, points: int, **more: Any) -> Report:
+    """Stop runs after random steps and have them go on.
+
+    Args:
+        folder: empty; everything is made in it.
+        more: see `_spread`.
+    """
+    return _spread(folder, points, _stopped, **{"names": STEPPING, **more})
+
+
+def _spread(
     folder: Path,
-    kills: int,
+    interruptions: int,
+    interrupt: Interrupt,
     *,
     seed: int = 0,
     names: Sequence[str] = tuple(CONFIGURATIONS),
     most_of_a_run: int = 8,
+    workers: int = 1,
 ) -> Report:
-    """Kill until `kills` processes have been killed, the configurations in turn.
+    """Interrupt runs until it has happened that often, the configurations in turn.
 
     Args:
-        folder: empty; everything is made in it.
-        most_of_a_run: kills after which a run is left alone, so that it finishes.
+        most_of_a_run: interruptions after which a run is left alone, so that it finishes.
+        workers: processes that do this beside one another.
     """
-    report = Report({name: {"runs": 0, "kills": 0, "failures": 0} for name in names})
     make_data(folder)
-    whole, seconds = {}, {}
-    for name in names:
-        place = folder / f"{name}-whole"
-        place.mkdir()
-        started = time.perf_counter()
-        code = _run(_command(name, folder, place), place / "log.txt")
-        seconds[name] = time.perf_counter() - started
-        assert code == 0, (place / "log.txt").read_text()
-        whole[name] = _outcome(place)
-    rng = np.random.default_rng(seed)
+    whole = {name: _run_whole(name, folder) for name in names}
+    task = _Task(folder, whole, interrupt, most_of_a_run, seed)
+    report = Report()
+    share = -(-interruptions // workers)
+    if workers == 1:
+        return _work(task, 0, share)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for part in pool.map(_work, [task] * workers, range(workers), [share] * workers):
+            report += part
+    return report
+
+
+def _run_whole(name: str, folder: Path) -> _Whole:
+    place = folder / f"{name}-whole"
+    place.mkdir()
+    counted = place / "steps.txt"
+    started = time.perf_counter()
+    code = _run(
+        _command(name, folder, place), place / "log.txt", lambda: _hook(lambda step: _note(counted))
+    )
+    seconds = time.perf_counter() - started
+    assert code == 0, (place / "log.txt").read_text()
+    steps = counted.stat().st_size if counted.exists() else 0
+    return _Whole(_outcome(place), seconds, steps)
+
+
+def _note(counted: Path) -> None:
+    with counted.open("ab") as file:
+        file.write(b".")
+
+
+def _hook(before_step: Callable[[int], None]) -> None:
+    """Have it called before every optimizer step of this process, with their number from 1."""
     number = 0
-    while report.kills < kills:
+
+    def counting(step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepping(*arguments: Any) -> Any:
+            nonlocal number
+            number += 1
+            before_step(number)
+            return step(*arguments)
+
+        return stepping
+
+    train.optimizer_step = counting(train.optimizer_step)  # type: ignore[assignment]
+    trainer: Any = offline_rl.RewardWeightedTrainer
+    trainer.step = counting(trainer.step)
+
+
+def _killed(task: _Task, name: str, rng: np.random.Generator, at: int) -> tuple[int, int]:
+    """Run until a random moment: the exit code, and 0 steps known."""
+    place = _place(task, name, at)
+    child = _start(_command(name, task.folder, place), place / "log.txt")
+    time.sleep(float(rng.uniform(0, task.whole[name].seconds)))
+    number = SIGNALS[int(rng.integers(2))] if rng.random() < 0.1 else signal.SIGKILL
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0
+
+
+def _stopped(task: _Task, name: str, rng: np.random.Generator, at: int) -> tuple[int, int]:
+    """Run for a random number of steps: the exit code, and that number."""
+    place = _place(task, name, at)
+    steps = int(rng.integers(1, 2 + task.whole[name].steps // 3))
+    number = SIGNALS[int(rng.integers(len(SIGNALS)))]
+
+    def stop(step: int) -> None:
+        if step == steps:
+            os.kill(os.getpid(), number)
+
+    code = _run(_command(name, task.folder, place), place / "log.txt", lambda: _hook(stop))
+    return code, steps
+
+
+def _place(task: _Task, name: str, at: int) -> Path:
+    return task.folder / f"{name}-{at}"
+
+
+def _work(task: _Task, at: int, share: int) -> Report:
+    """A process of the pool: runs until the share of interruptions is done."""
+    names = list(task.whole)
+    report = Report({name: {"runs": 0, "interruptions": 0, "failures": 0} for name in names})
+    rng = np.random.default_rng((task.seed, at))
+    number = at
+    while report.interruptions < share:
         name = names[number % len(names)]
-        place = folder / f"{name}-killed"
+        place = _place(task, name, at)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        _one_run(report, name, folder, place, seconds[name], rng, most_of_a_run)
-        if _outcome_or_none(place) != whole[name]:
-            report.failures.append(f"{name}, run {number} of seed {seed}: another outcome")
-            report.rows[name]["failures"] += 1
+        if _go_through(report, task, name, rng, at):
+            for what, expected in task.whole[name].outcome.items():
+                if _outcome_or_none(place, what) != expected:
+                    report.fail(name, f"run {number} of seed {task.seed}: another {what}")
         report.rows[name]["runs"] += 1
         number += 1
     return report
 
 
-def _command(name: str, data: Path, place: Path) -> list[str]:
-    files = ["--output", str(place / "model.safetensors"), "--run-dir", str(place / "run")]
-    return [*_filled(CONFIGURATIONS[name], data), *files]
-
-
-def _outcome_or_none(place: Path) -> tuple[bytes, list[dict[str, Any]]] | None:
+def _outcome_or_none(place: Path, what: str) -> Any:
     try:
-        return _outcome(place)
+        return _outcome(place)[what]
     except (OSError, ValueError):
         return None
 
 
-def _one_run(
-    report: Report, name: str, data: Path, place: Path, seconds: float,
-    rng: np.random.Generator, most: int,
-) -> None:  # fmt: skip
-    """One run to its end; every kill counts in the report."""
+def _go_through(report: Report, task: _Task, name: str, rng: np.random.Generator, at: int) -> bool:
+    """One run to its end; every interruption counts in the report. False where it failed."""
+    place = _place(task, name, at)
     before: set[str] = set()
-    for attempt in range(most + 1):
-        child = _start(_command(name, data, place), place / "log.txt")
-        if attempt < most:
-            time.sleep(float(rng.uniform(0, seconds)))
-            number = signal.SIGTERM if rng.random() < 0.1 else signal.SIGKILL
-            os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
-            report.rows[name]["kills"] += 1
-        elif code == 0:
-            return
-        else:
-            report.failures.append(f"{name}: exit code {code}: {_last_line(place / 'log.txt')}")
-            report.rows[name]["failures"] += 1
-            return
+    step = 0
+    for _ in range(task.most_of_a_run):
+        code, steps = task.interrupt(task, name, rng, at)
+        step += steps
+        if code == 0:
+            return True
+        if code not in _ENDS:
+            report.fail(name, f"exit code {code}: {_last_line(place / 'log.txt')}")
+            return False
+        report.rows[name]["interruptions"] += 1
+        if steps:
+            report.points.add((name, step))
         after = _committed(place)
         if max(before, default="") > max(after, default=""):
-            report.failures.append(f"{name}: {max(before)} was committed and is lost")
-            report.rows[name]["failures"] += 1
+            report.fail(name, f"{max(before)} was committed and is lost")
         before = after
+    code = _run(_command(name, task.folder, place), place / "log.txt")
+    if code:
+        report.fail(name, f"exit code {code}: {_last_line(place / 'log.txt')}")
+    return code == 0
+
+
+_ENDS = {-signal.SIGKILL} | {-each for each in SIGNALS} | {128 + each for each in SIGNALS}
 
 
 def _last_line(log: Path) -> str:
