@@ -37,7 +37,6 @@ from nanogpt.tokenizer import (
 _CHUNK_BYTES = 4 * 2**20
 _LONGEST_CARRY = 2**20
 _BPE_SAMPLE_BYTES = 512 * 2**20
-_VERIFIED_BYTES = 2**30
 _CACHE_VERSION = 1
 
 
@@ -302,8 +301,11 @@ def _make_tokenizer(
     key = _key(scan.sha256, {"kind": "bpe", "vocab_size": size}, encoding_errors)
     path = folder / f"{key}.bpe.json"
     if path.exists():
-        with suppress(ValueError, InputError):  # a damaged one is made again
-            return tokenizer_from_dict(json.loads(path.read_text(encoding="utf-8")))
+        with suppress(ValueError, KeyError, TypeError, RecursionError, InputError):
+            kept = json.loads(path.read_bytes())
+            if kept["sha256"] == _json_digest(kept["tokenizer"]):
+                return tokenizer_from_dict(kept["tokenizer"])
+        note(f"the cached tokenizer {path} is damaged and made again")
     keep_every = -(-scan.n_bytes // _BPE_SAMPLE_BYTES)
     if keep_every > 1:
         note(f"the bpe tokenizer learns from every {keep_every}th part of the text")
@@ -314,7 +316,9 @@ def _make_tokenizer(
     )
     if trained.vocab_size < size:
         note(f"the text has pairs for {trained.vocab_size:,} bpe tokens, not {size:,}")
-    _write(path, lambda file: file.write(json.dumps(trained.to_dict()).encode()))
+    description = trained.to_dict()
+    kept = {"sha256": _json_digest(description), "tokenizer": description}
+    _write(path, lambda file: file.write(json.dumps(kept).encode()))
     return trained
 
 
@@ -418,10 +422,10 @@ def _open_cached(
         about = json.loads(about_path.read_text(encoding="utf-8"))
         size = about["n_tokens"] * np.dtype(about["dtype"]).itemsize
         whole = path.stat().st_size == size and np.dtype(about["dtype"]) == tokenizer.dtype
-        if whole and size <= _VERIFIED_BYTES:
+        if whole:
             with path.open("rb") as file:
                 whole = hashlib.file_digest(file, "sha256").hexdigest() == about["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         note(f"the cached tokens {path} are damaged and made again")
@@ -447,7 +451,11 @@ def _cache_folder(cache_dir: Path | None, note: Callable[[str], None]) -> Path:
 
 def _key(content_sha256: str, tokenizer: dict[str, Any], encoding_errors: str) -> str:
     parts = [_CACHE_VERSION, content_sha256, tokenizer, encoding_errors]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return _json_digest(parts)[:32]
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _short_name(name: str) -> str:

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from nanogpt import checkpoint
+from nanogpt import checkpoint, metadata
 from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.model import GPT
 
@@ -130,10 +130,11 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
+            content = json.loads(path.read_bytes())
+            whole = content.pop("sha256") == _digest_of(content)
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole or not isinstance(content.get("identity"), dict):
             raise InputError(f"{path} is damaged: train with another --run-dir or --resume never")
         return content
 
@@ -147,7 +148,8 @@ class RunDirectory:
         for name in (*_JOURNALS, *_PAGES, _DELIVERED):
             (self.path / name).unlink(missing_ok=True)
         self.write("config.yaml", yaml.safe_dump(dict(flags), sort_keys=False))
-        self.write("run.json", json.dumps(content, indent=1, sort_keys=True))
+        sealed = {**content, "sha256": _digest_of(content)}
+        self.write("run.json", json.dumps(sealed, indent=1, sort_keys=True))
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the run, whole or not at all."""
@@ -341,6 +343,11 @@ def _write_synced(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON object, whatever its layout."""
+    return hashlib.sha256(metadata.canonical_json(content)).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -256,3 +256,25 @@ def test_a_large_text_never_enters_memory(tmp_path):
     assert n_tokens > 190_000_000
     unit = 1 if sys.platform == "darwin" else 1024
     assert grown * unit < 120 * 2**20
+
+
+def test_a_damaged_cached_tokenizer_is_made_again(tmp_path):
+    """One character of a merge is another: still a tokenizer, but not this text's."""
+    path = tmp_path / "text.txt"
+    path.write_text("low lower lowest newer newest " * 50)
+    notes: list[str] = []
+
+    def read():
+        corpus = prepare([str(path)], tokenizer_kind="bpe", vocab_size=270,
+                         cache_dir=tmp_path / "cache", note=notes.append)  # fmt: skip
+        return corpus.tokenizer.to_dict(), corpus.tokens.tolist()
+
+    whole = read()
+    (cached,) = (tmp_path / "cache").glob("*.bpe.json")
+    assert read() == whole
+    text = cached.read_text()
+    cached.write_text(text.replace('"lo"', '"ol"').replace('["l", "o"]', '["o", "l"]'))
+    assert cached.read_text() != text
+    assert read() == whole
+    assert notes == [f"the cached tokenizer {cached} is damaged and made again"]
+    assert cached.read_text() == text

@@ -50,9 +50,9 @@ def test_the_harness_outlives_a_reader_that_crashes():
         path = folder / "model.safetensors"
         return [damage.Target("crashing", path, lambda p: None if p == path else os._exit(9))]
 
-    targets = damage.run(52, extra=extra).as_rows()
+    targets = damage.run(72, extra=extra).as_rows()
     crashed = next(row for row in targets if row["file"] == "crashing")
-    assert crashed[damage.CRASHED] == 52 // len(targets)
+    assert crashed[damage.CRASHED] == 72 // len(targets)
 
 
 @pytest.mark.parametrize("way", sorted(damage.WAYS))

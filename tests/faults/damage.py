@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, native
+from nanogpt import checkpoint, data, native
 from nanogpt.errors import NanoGPTError
 from nanogpt.export.command import export_model
 from nanogpt.model import GPT
+from nanogpt.reward_model import RewardModel, fit_reward_model
 from nanogpt.run_directory import RunDirectory
 from nanogpt.tokenizer import CharTokenizer, RecordTokenizer
 
@@ -155,6 +156,30 @@ def _read_run(path: Path) -> tuple[Any, ...]:
         return newest.state["step"], repr(newest.state), optimizer, content
 
 
+def _read_identity(path: Path) -> tuple[Any, ...]:
+    """What a run is, by which it goes on."""
+    with RunDirectory(path, warn=lambda sentence: None) as folder:
+        return (folder.read_identity(),)
+
+
+def _read_corpus(kind: str, text: Path) -> Callable[[Path], Any]:
+    """A text by way of a cache that may be damaged; whatever is, is made again."""
+
+    def read(cache: Path) -> tuple[Any, ...]:
+        corpus = data.prepare((str(text),), tokenizer_kind=kind, vocab_size=300, cache_dir=cache)
+        return repr(corpus.tokenizer.to_dict()), corpus.tokens.tobytes()
+
+    return read
+
+
+def _read_reward_model(path: Path) -> tuple[Any, ...]:
+    """A reward model's head and settings."""
+    read = RewardModel.load(path, tiny_model())
+    state = read.head.state_dict().items()
+    plain = [read.low, read.high, read.two_valued, read.mean, read.deviation, repr(read.quality)]
+    return *plain, *((name, tensor.numpy().tobytes()) for name, tensor in state)
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A file, or a file of a folder, that is damaged, and how it is read.
@@ -202,7 +227,31 @@ def make_targets(folder: Path) -> list[Target]:
     for file in sorted((run / "checkpoints" / "00000002").iterdir()):
         inside = str(file.relative_to(run))
         targets.append(Target(f"run/{file.name}", run, _read_run, inside, (expected,)))
+    targets.append(Target("run.json", run, _read_identity, "run.json"))
+    return targets + _caches(folder) + [_reward_model(folder, model)]
+
+
+def _caches(folder: Path) -> list[Target]:
+    """Files of the token cache."""
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    targets = []
+    for kind, endings in (("char", (".tokens", ".json")), ("bpe", (".bpe.json",))):
+        cache = folder / f"cache-{kind}"
+        read = _read_corpus(kind, text)
+        read(cache)
+        for ending in endings:
+            (file,) = (p for p in cache.iterdir() if "".join(p.suffixes) == ending)
+            targets.append(Target(f"cache/{kind}{ending}", cache, read, file.name))
     return targets
+
+
+def _reward_model(folder: Path, model: GPT) -> Target:
+    words = ["the", "quick", "brown", "fox", "jumps"]
+    texts = [(f"{a} {b}", float(a < b)) for a in words for b in words]
+    path = folder / "reward.safetensors"
+    fit_reward_model(model, texts, epochs=1).save(path)
+    return Target("reward model", path, _read_reward_model)
 
 
 def damaged(target: Target, way: str, seed: tuple[int, ...], place: Path) -> Path:
@@ -229,7 +278,7 @@ def restore(target: Target, place: Path) -> None:
     """The copy as it was, for the next damage."""
     if target.inside is not None:
         path = place / target.source.name / target.inside
-        path.unlink()
+        path.unlink(missing_ok=True)
         os.link(target.source / target.inside, path)
 
 
