@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from native_archives import (
     COMMENT_BYTES,
-    END_BYTES,
     INDEX,
     TINY,
+    Zip,
     archive,
     payloads,
     rewritten,
-    sealed,
     tensors_for,
     without_comment,
     write_archive,
@@ -295,33 +294,6 @@ def test_white_space_and_escapes_that_mean_the_same_are_read(tmp_path: Path) -> 
     path = tmp_path / "m.pt"
     path.write_bytes(archive(tensors_for(TINY), TINY, tokenizer={"a": []}, change=spread))
     assert outcome_of(path).code == 0, outcome_of(path).sentence
-
-
-class Zip:
-    """An archive whose headers can be changed field by field; the comment is renewed."""
-
-    def __init__(self, path: Path) -> None:
-        self.good = path.read_bytes()
-        self.raw = bytearray(without_comment(self.good))
-        self.end = len(self.raw) - END_BYTES
-        self.end64 = self.end - 76
-        assert self.raw[self.end64 : self.end64 + 4] == b"PK\6\6"
-        self.places = payloads(bytes(self.raw))
-        index = json.loads(self.good[self.places[INDEX][0] : sum(self.places[INDEX])])
-        self.tensors = [entry["record"] for entry in index["tensors"].values()]
-        self.central, self.local = {}, {}
-        at = int.from_bytes(self.raw[self.end + 16 : self.end + 20], "little")
-        for name in self.places:
-            sizes = struct.unpack_from("<3H", self.raw, at + 28)
-            self.central[name] = at
-            self.local[name] = int.from_bytes(self.raw[at + 42 : at + 46], "little")
-            at += 46 + sum(sizes)
-
-    def put(self, at: int, layout: str, *values: Any) -> None:
-        struct.pack_into("<" + layout, self.raw, at, *values)
-
-    def sealed(self) -> bytes:
-        return sealed(bytes(self.raw), self.tensors, layout=self.good)
 
 
 def _end(offset: int, layout: str, *values: Any) -> Callable[[Zip], None]:

@@ -1,0 +1,1071 @@
+"""Every kind of malformed file that a command can be given, and the one sentence it answers with.
+
+A row of the tables is a name, how the file is made, and the sentence; {path} is the file. A table
+belongs to a reader: the commands that are given the file, and a good file which they accept.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from native_archives import INDEX, TINY, Zip, archive, payloads, rewritten, tensors_for
+
+from nanogpt import GPT, checkpoint, cli, metadata, native
+from nanogpt.config import TrainConfig
+from nanogpt.data import prepare
+from nanogpt.errors import InputError, NanoGPTError, UsageError
+from nanogpt.explore.records import read_records
+from nanogpt.reward_data import read_reward_data
+from nanogpt.run_directory import RunDirectory
+from nanogpt.terms import read_terms
+from nanogpt.tokenizer import BPETokenizer, CharTokenizer
+
+Make = Callable[[Path], Path]
+"""Writes a file into an empty folder and says where it is."""
+Change = Callable[[dict[str, Any]], Any]
+"""Damages a mapping, or gives another value for it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of malformed file.
+
+    Attributes:
+        sentence: all of what is said, with {path} for the file and {folder} for the one it is in.
+        code: what the command ends with; 3 is an InputError and 2 a UsageError.
+    """
+
+    make: Make
+    sentence: str
+    code: int = 3
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is given the files of a table.
+
+    Attributes:
+        good: files that are accepted, written by the same functions as the malformed ones.
+        commands: arguments of each command that reads it; the files that these write stand in
+            the folder {out}. "nanogpt-generate" is the binary, all others run in this process.
+        function: the same from Python.
+    """
+
+    good: tuple[Make, ...]
+    commands: tuple[str, ...]
+    function: Callable[[Path], object] | None = None
+
+
+# How files are made.
+
+
+def written(name: str, content: str | bytes) -> Make:
+    raw = content.encode() if isinstance(content, str) else content
+
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.write_bytes(raw)
+        return path
+
+    return make
+
+
+def made(name: str, content: Callable[[], bytes]) -> Make:
+    """Like `written`, where the content takes a moment to make."""
+    return lambda folder: written(name, content())(folder)
+
+
+def absent(name: str) -> Make:
+    return lambda folder: folder / name
+
+
+def folder_named(name: str) -> Make:
+    def make(folder: Path) -> Path:
+        (folder / name).mkdir()
+        return folder / name
+
+    return make
+
+
+def loop(name: str) -> Make:
+    """A symbolic link that leads to itself."""
+
+    def make(folder: Path) -> Path:
+        (folder / name).symlink_to(name)
+        return folder / name
+
+    return make
+
+
+def pipe(name: str) -> Make:
+    def make(folder: Path) -> Path:
+        os.mkfifo(folder / name)
+        return folder / name
+
+    return make
+
+
+def put(*keys: str, to: Any) -> Change:
+    """A value, somewhere inside a mapping."""
+
+    def change(value: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            value = value[key]
+        value[keys[-1]] = to
+
+    return change
+
+
+def drop(*keys: str) -> Change:
+    def change(value: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            value = value[key]
+        del value[keys[-1]]
+
+    return change
+
+
+def flipped(raw: bytes, mark: bytes) -> bytes:
+    """One bit of the first byte after `mark`."""
+    at = raw.index(mark) + len(mark)
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+NOT_UTF8 = b"caf\xe9 and more\n"
+
+
+# Model files.
+
+WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
+
+
+@functools.cache
+def bpe_description() -> str:
+    """A byte-pair tokenizer of 258 ids, as JSON."""
+    return json.dumps(BPETokenizer.train(iter(["aa aa aa"]), 258).to_dict())
+
+
+def bpe(change: Change) -> dict[str, Any]:
+    description = json.loads(bpe_description())
+    change(description["tokenizer"])
+    return description
+
+
+@functools.cache
+def small_model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(vocab_size=5, block_size=8, n_layer=2, n_head=2, n_embd=8, bias=True)
+    model.tokenizer = CharTokenizer("abé\n")
+    return model.eval()
+
+
+def state(
+    content: Change | None = None,
+    tensors: Change | None = None,
+    seal: bool = True,
+) -> tuple[dict[str, Any], bytes]:
+    """Weights and the text of their metadata, both as changed, with check sums that are right.
+
+    Args:
+        seal: False where the metadata are those of the model before `tensors`.
+    """
+    weights: dict[str, Any] = {
+        name: value.detach().clone() for name, value in small_model().named_parameters()
+    }
+    before = dict(weights)
+    if tensors is not None:
+        tensors(weights)
+    described = json.loads(json.dumps(small_model().describe()))
+    if content is not None:
+        content(described)
+    sealed = metadata.seal(described, weights if seal else before)
+    return weights, metadata.canonical_json(sealed)
+
+
+def pth_bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def pth(
+    content: Change | None = None,
+    tensors: Change | None = None,
+    text: bytes | None = None,
+    seal: bool = True,
+) -> Make:
+    """A .pth whose parts are changed; `text` stands in place of the metadata."""
+
+    def content_of() -> bytes:
+        weights, own = state(content, tensors, seal)
+        raw = bytearray(own if text is None else text)
+        return pth_bytes({**weights, metadata.KEY: torch.frombuffer(raw, dtype=torch.uint8)})
+
+    return made("m.pth", content_of)
+
+
+def safetensors_bytes(
+    content: Change | None = None, tensors: Change | None = None, seal: bool = True
+) -> bytes:
+    weights, text = state(content, tensors, seal)
+    return safetensors.torch.save(weights, metadata={"nanogpt": text.decode()})
+
+
+def safe(
+    content: Change | None = None,
+    tensors: Change | None = None,
+    header: Change | None = None,
+    text: Callable[[str], str] = lambda text: text,
+    raw: Callable[[bytes], bytes] = lambda raw: raw,
+    seal: bool = True,
+) -> Make:
+    """A .safetensors file whose parts are changed: its header as a mapping, as text, or bytes."""
+
+    def content_of() -> bytes:
+        whole = safetensors_bytes(content, tensors, seal)
+        size = int.from_bytes(whole[:8], "little")
+        described = json.loads(whole[8 : 8 + size])
+        if header is not None:
+            header(described)
+        written = text(json.dumps(described)).encode()
+        written += b" " * (-len(written) % 8)
+        return raw(struct.pack("<Q", len(written)) + written + whole[8 + size :])
+
+    return made("m.safetensors", content_of)
+
+
+def bare(value: Any) -> Make:
+    """What torch.save writes of anything."""
+    return made("m.pth", lambda: pth_bytes(value()))
+
+
+def weights_changed(weights: dict[str, Any]) -> None:
+    weights[WTE][0, 0] += 1
+
+
+def not_finite(weights: dict[str, Any]) -> None:
+    weights[WTE][0, 0] = torch.nan
+
+
+def sparse(weights: dict[str, Any]) -> None:
+    weights[WTE] = weights[WTE].to_sparse()
+
+
+def damaged_pth(change: Callable[[bytes], bytes]) -> Make:
+    def content_of() -> bytes:
+        weights, text = state()
+        extra = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return change(pth_bytes({**weights, metadata.KEY: extra}))
+
+    return made("m.pth", content_of)
+
+
+MODELS = {
+    "a model that is missing": Kind(absent("m.pth"), "?"),
+    "a model that is empty": Kind(written("m.pth", ""), "?"),
+    "a folder in place of a model": Kind(folder_named("m.pth"), "?"),
+    "a link that leads to itself": Kind(loop("m.pth"), "?"),
+    "a pipe in place of a model": Kind(pipe("m.pth"), "?"),
+    "a model with an unknown ending": Kind(written("m.onnx", "x"), "?"),
+    "a text called .pth": Kind(written("m.pth", "hello"), "?"),
+    "a .pth cut short": Kind(damaged_pth(lambda raw: raw[: len(raw) // 2]), "?"),
+    "a .pth with code in its pickle": Kind(bare(lambda: {"x": os.system}), "?"),
+    "a .pth that is one tensor": Kind(bare(lambda: torch.ones(2)), "?"),
+    "a .pth of another program": Kind(bare(lambda: {"model": {}, "iter_num": 3}), "?"),
+    "a .pth of weights alone": Kind(bare(lambda: {"weight": torch.ones(2)}), "?"),
+    "a .pth whose names are numbers": Kind(
+        bare(lambda: {1: torch.ones(2), metadata.KEY: torch.ones(2)}), "?"
+    ),
+    "a .pth with other weights": Kind(pth(tensors=weights_changed, seal=False), "?"),
+    "a .pth with a flipped letter in its metadata": Kind(
+        damaged_pth(lambda raw: flipped(raw, b'"n_embd":')), "?"
+    ),
+    "a .pth with metadata of two dimensions": Kind(
+        bare(lambda: {WTE: torch.ones(2), metadata.KEY: torch.ones(2, 2)}), "?"
+    ),
+    "a .pth with metadata that are no JSON": Kind(pth(text=b"{1"), "?"),
+    "a .pth with metadata that are a list": Kind(pth(text=b"[]"), "?"),
+    "a .pth with metadata nested too deep": Kind(pth(text=DEEP), "?"),
+    "a .pth with metadata nested nearly too deep": Kind(
+        pth(content=put("more", to=functools.reduce(lambda a, _: [a], range(700), []))), "?"
+    ),
+    "a .pth without a tensor": Kind(pth(tensors=drop(NORM)), "?"),
+    "a .pth with a tensor more": Kind(pth(tensors=put("more", to=torch.ones(3))), "?"),
+    "a .pth with a tensor of another name": Kind(
+        pth(tensors=lambda w: w.update({"other": w.pop(NORM)})), "?"
+    ),
+    "a .pth with a turned tensor": Kind(pth(tensors=lambda w: w.update({WTE: w[WTE].T})), "?"),
+    "a .pth with half as many bits": Kind(pth(tensors=lambda w: w.update({WTE: w[WTE].half()})), "?"),
+    "a .pth of whole numbers": Kind(pth(tensors=lambda w: w.update({WTE: w[WTE].long()})), "?"),
+    "a .pth with a sparse tensor": Kind(pth(tensors=sparse, seal=False), "?"),
+    "a configuration of a billion layers": Kind(pth(put("config", "n_layer", to=10**9)), "?"),
+    "a configuration with heads that do not divide": Kind(
+        pth(put("config", "n_head", to=3)), "?"
+    ),
+    "a configuration with other heads": Kind(pth(put("config", "n_head", to=4)), "?"),
+    "a configuration with an unknown field": Kind(pth(put("config", "surprise", to=1)), "?"),
+    "a configuration with a fraction": Kind(pth(put("config", "n_embd", to=8.5)), "?"),
+    "a configuration with a text for a number": Kind(pth(put("config", "dropout", to="x")), "?"),
+    "a configuration with a text for yes or no": Kind(pth(put("config", "bias", to="yes")), "?"),
+    "a configuration that is null": Kind(pth(put("config", to=None)), "?"),
+    "a configuration that is missing": Kind(pth(drop("config")), "?"),
+    "a calibration of zero": Kind(pth(put("calibration_temperature", to=0)), "?"),
+    "a calibration that is a text": Kind(pth(put("calibration", to="cold")), "?"),
+    "a tokenizer of an unknown kind": Kind(pth(put("tokenizer", to={"kind": "morse"})), "?"),
+    "a tokenizer that is a number": Kind(pth(put("tokenizer", to=7)), "?"),
+    "a tokenizer with a character twice": Kind(
+        pth(put("tokenizer", "characters", to="abca")), "?"
+    ),
+    "a tokenizer with half a character": Kind(
+        pth(put("tokenizer", "characters", to="abc\ud800")), "?"
+    ),
+    "a tokenizer of another size": Kind(pth(put("tokenizer", "characters", to="ab")), "?"),
+    "a tokenizer whose merges name unknown tokens": Kind(
+        pth(put("tokenizer", to=bpe(put("model", "merges", to=[["zz", "qq"]])))), "?"
+    ),
+    "a tokenizer without its last token": Kind(
+        pth(put("tokenizer", to=bpe(put("added_tokens", to=[])))), "?"
+    ),
+    "a tokenizer whose parts are of no known type": Kind(
+        pth(put("tokenizer", to=bpe(put("model", to={"type": "Morse"})))), "?"
+    ),
+    "a tokenizer of records without fields": Kind(
+        pth(put("tokenizer", to={"kind": "record", "fields": 3})), "?"
+    ),
+    "a tokenizer of records with a value that is a number": Kind(
+        pth(put("tokenizer", to={"kind": "record", "fields": [["a", [1]]]})), "?"
+    ),
+    "a tokenizer inside 100,000 others": Kind(
+        pth(text=b'{"tokenizer":' + b'{"kind":"record","fields":[],"base":' * 100_000), "?"
+    ),
+    "a text called .safetensors": Kind(written("m.safetensors", "hello"), "?"),
+    "a .safetensors file cut short": Kind(safe(raw=lambda raw: raw[:-1]), "?"),
+    "a .safetensors file with bytes after its end": Kind(safe(raw=lambda raw: raw + b"\0"), "?"),
+    "a .safetensors file with a huge header": Kind(
+        safe(raw=lambda raw: struct.pack("<Q", 2**63) + raw[8:]), "?"
+    ),
+    "a .safetensors file with a header of no length": Kind(
+        safe(raw=lambda raw: bytes(8) + raw[8:]), "?"
+    ),
+    "a .safetensors file with a deep header": Kind(
+        written("m.safetensors", struct.pack("<Q", len(DEEP)) + DEEP), "?"
+    ),
+    "a .safetensors file of another program": Kind(safe(header=drop("__metadata__")), "?"),
+    "a .safetensors file with other weights": Kind(safe(tensors=weights_changed, seal=False), "?"),
+    "a .safetensors file with a flipped letter in its metadata": Kind(
+        safe(raw=lambda raw: flipped(raw, b'\\"n_embd\\":')), "?"
+    ),
+    "a .safetensors file with deep metadata": Kind(
+        safe(header=put("__metadata__", "nanogpt", to=DEEP.decode())), "?"
+    ),
+    "a .safetensors file with metadata that are a list": Kind(
+        safe(header=put("__metadata__", "nanogpt", to="[]")), "?"
+    ),
+    "a .safetensors file with a number for metadata": Kind(
+        safe(header=put("__metadata__", "nanogpt", to=3)), "?"
+    ),
+    "a .safetensors file with a tensor twice": Kind(
+        safe(text=lambda text: text.replace("h.0.ln_1.bias", "h.0.ln_2.bias")), "?"
+    ),
+    "a .safetensors file with a shape that overflows": Kind(
+        safe(header=put(WTE, "shape", to=[2**62, 2**62])), "?"
+    ),
+    "a .safetensors file with a turned shape": Kind(safe(header=put(WTE, "shape", to=[8, 5])), "?"),
+    "a .safetensors file with another type": Kind(safe(header=put(WTE, "dtype", to="I32")), "?"),
+    "a .safetensors file with an unknown type": Kind(safe(header=put(WTE, "dtype", to="Q4")), "?"),
+    "a .safetensors file with offsets outside": Kind(
+        safe(header=put(WTE, "data_offsets", to=[0, 2**40])), "?"
+    ),
+}
+
+
+# Exports of `nanogpt export`, for the native engine and the binary.
+
+ALPHABET = CharTokenizer('ab"\\').to_dict()
+
+
+def export_bytes(change: Change | None = None, tokenizer: Any = ALPHABET) -> bytes:
+    return archive(tensors_for(TINY), TINY, tokenizer=tokenizer, change=change)
+
+
+good_export_bytes = functools.cache(export_bytes)
+
+
+def export(change: Callable[[bytes], bytes] = lambda raw: raw) -> Make:
+    """An export whose bytes are changed."""
+    return made("m.pt", lambda: change(good_export_bytes()))
+
+
+def indexed(change: Change) -> Make:
+    """An export whose index is changed, under a check sum that is right."""
+    return made("m.pt", lambda: export_bytes(change))
+
+
+def zipped(change: Callable[[Zip], None]) -> Make:
+    """An export whose zip headers are changed, under a check sum that is right."""
+
+    def make(folder: Path) -> Path:
+        path = export()(folder)
+        file = Zip(path)
+        change(file)
+        path.write_bytes(file.sealed())
+        return path
+
+    return make
+
+
+def renamed(old: str, new: str) -> Callable[[bytes], bytes]:
+    def change(raw: bytes) -> bytes:
+        return rewritten(raw, lambda name, payload: (new if name == old else name, payload))
+
+    return change
+
+
+def one_place_for_two(file: Zip) -> None:
+    first, second = file.tensors[:2]
+    file.put(file.central[second] + 42, "L", file.local[first])
+
+
+def one_name_for_two(file: Zip) -> None:
+    first, second = [name for name in file.tensors if len(name) == len("constants/1")][:2]
+    name = f"archive/{first}".encode()
+    for start, names in ((file.central[second], 46), (file.local[second], 30)):
+        file.put(start + names, f"{len(name)}s", name)
+
+
+def a_gap(file: Zip) -> None:
+    # The first record's header is no longer told of by the directory.
+    file.put(file.central[file.tensors[1]] + 42, "L", file.local[file.tensors[1]] + 64)
+
+
+def climbing(file: Zip) -> None:
+    for start, names in ((file.central[INDEX], 46), (file.local[INDEX], 30)):
+        file.put(start + names, "8s", b"../../..")
+
+
+def flipped_weight(raw: bytes) -> bytes:
+    at = payloads(raw)["constants/0"][0]
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+EXPORTS = {
+    "an export that is missing": Kind(absent("m.pt"), "?"),
+    "an export that is empty": Kind(written("m.pt", ""), "?"),
+    "a folder in place of an export": Kind(folder_named("m.pt"), "?"),
+    "a text called .pt": Kind(written("m.pt", "hello"), "?"),
+    "a checkpoint of torch called .pt": Kind(
+        made("m.pt", lambda: pth_bytes({"model": {}, "iter_num": 3})), "?"
+    ),
+    "an export cut in half": Kind(export(lambda raw: raw[: len(raw) // 2]), "?"),
+    "an export cut by a byte": Kind(export(lambda raw: raw[:-1]), "?"),
+    "an export with bytes after its end": Kind(export(lambda raw: raw + b"\0\0"), "?"),
+    "an export with a flipped weight": Kind(export(flipped_weight), "?"),
+    "an export with a flipped letter in its index": Kind(
+        export(lambda raw: flipped(raw, b'"n_embd":')), "?"
+    ),
+    "an export with the check sum of another": Kind(export(lambda raw: raw[:-8] + b"01234567"), "?"),
+    "an export without its check sum": Kind(
+        export(lambda raw: raw[:-24] + b"\0\0"), "?"
+    ),
+    "an export without an index": Kind(zipped(lambda file: None), "?"),
+    "an export with a compressed record": Kind(
+        export(lambda raw: rewritten(raw, compressed="constants/0")), "?"
+    ),
+    "an export with records out of line": Kind(
+        export(lambda raw: rewritten(raw, aligned=False)), "?"
+    ),
+    "an export whose record is called ../../": Kind(zipped(climbing), "?"),
+    "an export with two records of one name": Kind(zipped(one_name_for_two), "?"),
+    "an export with two records in one place": Kind(zipped(one_place_for_two), "?"),
+    "an export with a gap between records": Kind(zipped(a_gap), "?"),
+    "an export with another 64-bit record": Kind(
+        zipped(lambda file: file.put(file.end64, "4s", b"PK\6\5")), "?"
+    ),
+    "an export with a count of entries that is huge": Kind(
+        zipped(lambda file: file.put(file.end64 + 24, "2Q", 2**40, 2**40)), "?"
+    ),
+    "an export with an encrypted record": Kind(
+        zipped(
+            lambda file: (
+                file.put(file.central[INDEX] + 8, "H", 0x0809),
+                file.put(file.local[INDEX] + 6, "H", 0x0809),
+            )
+        ),
+        "?",
+    ),
+    "an index that is a list": Kind(indexed(lambda index: b"[]"), "?"),
+    "an index nested too deep": Kind(indexed(lambda index: DEEP), "?"),
+    "an index of another format": Kind(indexed(put("format", to="nanogpt-torchscript-2")), "?"),
+    "an index without a configuration": Kind(indexed(drop("config")), "?"),
+    "an index with a billion layers": Kind(indexed(put("config", "n_layer", to=10**9)), "?"),
+    "an index with heads that do not divide": Kind(indexed(put("config", "n_head", to=3)), "?"),
+    "an index without a tensor": Kind(indexed(drop("tensors", WTE)), "?"),
+    "an index that names a record which is missing": Kind(
+        indexed(put("tensors", WTE, "record", to="constants/999")), "?"
+    ),
+    "an index with a shape that does not fit": Kind(
+        indexed(put("tensors", WTE, "shape", to=[4, 5])), "?"
+    ),
+    "an index with a type that is unknown": Kind(
+        indexed(put("tensors", WTE, "dtype", to="float8")), "?"
+    ),
+    "an index with a calibration of zero": Kind(
+        indexed(put("calibration_temperature", to=0)), "?"
+    ),
+}
+
+
+# Rewarded texts.
+
+
+def rewards(content: str | bytes, name: str = "r.txt") -> Make:
+    return written(name, content)
+
+
+REWARDS = {
+    "rewards that are missing": Kind(absent("r.txt"), "?"),
+    "a folder in place of rewards": Kind(folder_named("r.txt"), "?"),
+    "rewards that are empty": Kind(rewards(""), "?"),
+    "rewards of blank lines": Kind(rewards("\n \n\n"), "?"),
+    "a reward without a bar": Kind(rewards("one|1\ntwo\nthree\n"), "?"),
+    "a reward that is a word": Kind(rewards("one|1\ntwo|good\n"), "?"),
+    "a reward that is missing": Kind(rewards("one|1\ntwo|\n"), "?"),
+    "a reward that is nan": Kind(rewards("one|1\ntwo|nan\n"), "?"),
+    "a reward that is infinite": Kind(rewards("one|1\ntwo|-inf\n"), "?"),
+    "a reward that is too large": Kind(rewards("one|1\ntwo|1e999\n"), "?"),
+    "a reward of no text": Kind(rewards("one|1\n|2\n"), "?"),
+    "rewards that are not UTF-8": Kind(rewards(b"one|1\n" + NOT_UTF8), "?"),
+    "rewards in UTF-16": Kind(rewards("one|1\n".encode("utf-16")), "?"),
+    "rewards with a zero byte": Kind(rewards(b"one|1\ntw\0o|2\n"), "?"),
+    "rewards that are all the same": Kind(rewards("one|1\ntwo|1\nthree|1\n"), "?"),
+    "rewards of one record": Kind(rewards("one|1\n"), "?"),
+    "a line that is not JSON": Kind(rewards('{"text": "a", "reward": 1}\n{"text"\n', "r.jsonl"), "?"),
+    "a line that is a number": Kind(rewards("3\n", "r.jsonl"), "?"),
+    "a line nested too deep": Kind(rewards(DEEP, "r.jsonl"), "?"),
+    "a line without a reward": Kind(rewards('{"text": "a"}\n', "r.jsonl"), "?"),
+    "a line whose reward is a text": Kind(rewards('{"text": "a", "reward": "1"}\n', "r.jsonl"), "?"),
+    "a line whose reward is NaN": Kind(rewards('{"text": "a", "reward": NaN}\n', "r.jsonl"), "?"),
+    "a line whose text is a number": Kind(rewards('{"text": 1, "reward": 1}\n', "r.jsonl"), "?"),
+    "a line with a prompt and no completion": Kind(
+        rewards('{"prompt": "a", "reward": 1}\n', "r.jsonl"), "?"
+    ),
+    "a line with half a character": Kind(
+        rewards('{"text": "\\ud800", "reward": 1}\n', "r.jsonl"), "?"
+    ),
+    "a header without a reward": Kind(rewards("text,value\na,1\n", "r.csv"), "?"),
+    "a header with a column twice": Kind(rewards("text,reward,reward\na,1,2\n", "r.csv"), "?"),
+    "a row that is too long": Kind(rewards("text,reward\na,1\nb,2,3\n", "r.csv"), "?"),
+    "a quote in rewards that is never closed": Kind(rewards('text,reward\n"a,1\nb,2\n', "r.csv"), "?"),
+    "rewards of a header alone": Kind(rewards("text,reward\n", "r.csv"), "?"),
+}
+
+
+# Tables and logs for explore.
+
+
+def table(content: str | bytes, name: str = "t.csv") -> Make:
+    return written(name, content)
+
+
+def rows(n: int) -> str:
+    """Two fields, of which one tells the other."""
+    return "".join(f"{'odd' if i % 2 else 'even'},{i % 2}\n" for i in range(n))
+
+
+TABLES = {
+    "a table that is missing": Kind(absent("t.csv"), "?"),
+    "a folder in place of a table": Kind(folder_named("t.csv"), "?"),
+    "a table that is empty": Kind(table(""), "?"),
+    "a table of blank lines": Kind(table("\n\n  \n"), "?"),
+    "a table of a header alone": Kind(table("a,b\n"), "?"),
+    "a table with a name twice": Kind(table("a,b,a\n1,2,3\n"), "?"),
+    "a table with a ragged row": Kind(table("a,b\n1,2\n3\n4,5\n"), "?"),
+    "a table with a quote that is never closed": Kind(table('a,b\n1,"2\n3,4\n'), "?"),
+    "a table with a header that is never closed": Kind(table('"a,b\n1,2\n3,4\n'), "?"),
+    "a table that is not UTF-8": Kind(table(b"a,b\n1,2\n" + NOT_UTF8), "?"),
+    "a table with a zero byte": Kind(table(b"a,b\n1,\0002\n"), "?"),
+    "a table in half of UTF-16": Kind(table("a,b\n1,2\n".encode("utf-16")[:-1]), "?"),
+    "a table that is a workbook": Kind(table(b"PK\3\4" + bytes(30)), "?"),
+    "a table of too many fields": Kind(table(",".join(map(str, range(2001))) + "\n"), "?"),
+    "a table in a damaged gzip": Kind(
+        table(gzip.compress(rows(99).encode())[:-9], "t.csv.gz"), "?"
+    ),
+    "a table of one row": Kind(table("a,b\n1,2\n"), "?"),
+    "a log with a broken line": Kind(table('{"a": 1}\n{"a": \n{"a": 2}\n', "t.jsonl"), "?"),
+    "a log of lines that are numbers": Kind(table("1\n2\n", "t.jsonl"), "?"),
+    "a log nested too deep": Kind(table(DEEP, "t.jsonl"), "?"),
+    "a log with a key twice": Kind(table('{"a": 1, "a": 2}\n', "t.jsonl"), "?"),
+    "an array that is cut short": Kind(table('[{"a": 1},\n{"a"', "t.json"), "?"),
+    "an array without a comma": Kind(table('[{"a": 1}\n{"a": 2}]', "t.json"), "?"),
+    "an array with more after it": Kind(table('[{"a": 1}]\n[]', "t.json"), "?"),
+    "an array of nothing": Kind(table("[]", "t.json"), "?"),
+    "an array nested too deep": Kind(table(b"[" + DEEP + b"]", "t.json"), "?"),
+}
+
+
+# Configurations, terms, texts.
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(10 * ['*' + before])}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def settings(content: str | bytes) -> Make:
+    return written("c.yaml", content)
+
+
+CONFIGURATIONS = {
+    "a configuration file that is missing": Kind(absent("c.yaml"), "?"),
+    "a folder in place of a configuration file": Kind(folder_named("c.yaml"), "?"),
+    "a configuration file that is a list": Kind(settings("- 1\n- 2\n"), "?"),
+    "a configuration file that is a word": Kind(settings("hello\n"), "?"),
+    "a configuration file with an unknown flag": Kind(settings("max-step: 1\n"), "?", 2),
+    "a configuration file with a word for a number": Kind(settings("n-embd: wide\n"), "?", 2),
+    "a configuration file with a number out of bounds": Kind(settings("max-steps: 0\n"), "?", 2),
+    "a configuration file with a list for a number": Kind(settings("n-embd: [1, 2]\n"), "?", 2),
+    "a configuration file with a number for yes or no": Kind(settings("bias: 3\n"), "?", 2),
+    "a configuration file with another choice": Kind(settings("tokenizer: words\n"), "?", 2),
+    "a configuration file with an open bracket": Kind(settings("max-steps: [1\n"), "?"),
+    "a configuration file with a tab": Kind(settings("a:\n\tb: 1\n"), "?"),
+    "a configuration file that makes objects": Kind(
+        settings("seed: !!python/object/apply:os.getpid []\n"), "?"
+    ),
+    "a configuration file with a day that there is not": Kind(settings("seed: 2024-02-31\n"), "?"),
+    "a configuration file with a number of many digits": Kind(
+        settings("seed: " + "9" * 5000 + "\n"), "?"
+    ),
+    "a configuration file nested too deep": Kind(settings("seed: " + "[" * 5000 + "\n"), "?"),
+    "a configuration file that grows when it is read": Kind(
+        settings(BOMB.replace("i: ", "text: ")), "?", 2
+    ),
+    "a configuration file with a mapping for paths": Kind(settings("text: {a: b}\n"), "?", 2),
+    "a configuration file with a zero byte": Kind(settings(b"seed: 1\0\n"), "?"),
+    "a configuration file that is not UTF-8": Kind(settings(b"output: caf\xe9.pth\n"), "?"),
+}
+
+TERMS = {
+    "terms that are missing": Kind(absent("w.txt"), "?"),
+    "terms that are empty": Kind(written("w.txt", ""), "?"),
+    "terms of blank lines": Kind(written("w.txt", "\n \n"), "?"),
+    "terms that are not UTF-8": Kind(written("w.txt", b"a\ncaf\xe9\n"), "?"),
+    "terms that the vocabulary lacks": Kind(written("w.txt", "ab\nq\n"), "?"),
+}
+
+
+def text(content: str | bytes, name: str = "b.txt") -> Make:
+    return written(name, content)
+
+
+def gzip_damage(raw: Callable[[bytes], bytes]) -> Make:
+    packed = gzip.compress(os.urandom(500).hex().encode(), mtime=0)
+    return written("b.txt.gz", raw(packed))
+
+
+def folder_without_text(folder: Path) -> Path:
+    (folder / "b").mkdir()
+    (folder / "b" / "x.bin").write_bytes(b"\0\1")
+    return folder / "b"
+
+
+TEXTS = {
+    "a text that is missing": Kind(absent("b.txt"), "?"),
+    "a text that is empty": Kind(text(""), "?"),
+    "a text of a byte order mark alone": Kind(text(b"\xef\xbb\xbf"), "?"),
+    "a text that is not UTF-8": Kind(text(NOT_UTF8), "?"),
+    "a text that ends within a character": Kind(text("a text, é".encode()[:-1]), "?"),
+    "a text that is too short": Kind(text("ab"), "?"),
+    "a folder without texts": Kind(folder_without_text, "?"),
+    "a text that is no gzip": Kind(gzip_damage(lambda raw: b"hello"), "?"),
+    "a gzip that is cut short": Kind(gzip_damage(lambda raw: raw[:-20]), "?"),
+    "a gzip with another check sum": Kind(gzip_damage(lambda raw: raw[:-8] + bytes(8)), "?"),
+    "a gzip with another block": Kind(gzip_damage(lambda raw: raw[:10] + b"\xff" + raw[11:]), "?"),
+    "an empty file called .gz": Kind(gzip_damage(lambda raw: b""), "?"),
+}
+
+PROMPTS = {
+    "a prompt that is missing": Kind(absent("p.txt"), "?"),
+    "a folder in place of a prompt": Kind(folder_named("p.txt"), "?"),
+    "a prompt that is not UTF-8": Kind(written("p.txt", b"ab\xe9"), "?"),
+    "a prompt that the vocabulary lacks": Kind(written("p.txt", "abq"), "?"),
+}
+
+
+# Run directories.
+
+SHAPE = "--n-layer 1 --n-head 1 --n-embd 8 --block-size 8 --device cpu --threads 1 --no-tensorboard"
+TRAIN = f"train {SHAPE} --batch-size 2 --max-steps 2 --eval-interval 1 --sample-tokens 0"
+REPEATED = "one and two and three and four and five\n" * 6
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text and the run that was trained on it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(REPEATED)
+    words = f"{TRAIN} --text {folder}/text.txt --run-dir {folder}/run --output {folder}/m.pth"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(None):
+        patch.setenv("NANOGPT_CACHE", str(folder / "cache"))
+        assert cli.main(words.split()) == 0
+    return folder
+
+
+RunChange = Callable[[Path], object]
+
+
+def rewrite(name: str, content: str | bytes) -> RunChange:
+    return lambda run: written(name, content)(run)
+
+
+def resealed(change: Change) -> RunChange:
+    """run.json changed, with the check sum that is right."""
+
+    def damage(run: Path) -> None:
+        content = json.loads((run / "run.json").read_bytes())
+        del content["sha256"]
+        change(content)
+        digest = hashlib.sha256(metadata.canonical_json(content)).hexdigest()
+        (run / "run.json").write_text(json.dumps({**content, "sha256": digest}))
+
+    return damage
+
+
+DAMAGED_RUN = "{path}/run.json is damaged: train with another --run-dir or --resume never"
+
+RUNS: dict[str, tuple[RunChange, str, int]] = {
+    "a run.json that is empty": (rewrite("run.json", ""), "?", 3),
+    "a run.json that is no JSON": (rewrite("run.json", "{1"), "?", 3),
+    "a run.json that is a list": (rewrite("run.json", "[]"), "?", 3),
+    "a run.json nested too deep": (rewrite("run.json", DEEP), "?", 3),
+    "a run.json of another check sum": (
+        rewrite("run.json", '{"identity": {}, "sha256": "0"}'),
+        "?",
+        3,
+    ),
+    "a run.json without what identifies it": (resealed(drop("identity")), "?", 3),
+    "a run.json of another configuration": (
+        resealed(put("identity", "learning_rate", to=0.5)),
+        "?",
+        2,
+    ),
+    "a run.json of another text": (
+        resealed(put("identity", "text (SHA-256)", to="0" * 64)),
+        "?",
+        2,
+    ),
+    "a folder of somebody else": (
+        lambda run: [(run / name).unlink() for name in ("run.json", "lock")],
+        "?",
+        2,
+    ),
+}
+
+
+def in_checkpoint(name: str, change: Callable[[Path], object]) -> RunChange:
+    """Damages a file of every checkpoint."""
+
+    def damage(run: Path) -> None:
+        for folder in (run / "checkpoints").iterdir():
+            change(folder / name)
+
+    return damage
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def remanifested(name: str, raw: bytes) -> RunChange:
+    """Writes a file of every checkpoint, and its check sum into the manifest."""
+
+    def damage(run: Path) -> None:
+        for folder in (run / "checkpoints").iterdir():
+            (folder / name).write_bytes(raw)
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            digest = hashlib.sha256(raw).hexdigest()
+            manifest["files"][name] = {"bytes": len(raw), "sha256": digest}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+MANIFEST = "manifest.json"
+
+CHECKPOINTS: dict[str, tuple[RunChange, str]] = {
+    "checkpoints without a manifest": (in_checkpoint(MANIFEST, Path.unlink), "?"),
+    "checkpoints with a folder for a manifest": (
+        in_checkpoint(MANIFEST, lambda path: (path.unlink(), path.mkdir())),
+        "?",
+    ),
+    "checkpoints with a manifest that is no JSON": (
+        in_checkpoint(MANIFEST, lambda path: path.write_text("{1")),
+        "?",
+    ),
+    "checkpoints with a manifest that is a list": (
+        in_checkpoint(MANIFEST, lambda path: path.write_text("[]")),
+        "?",
+    ),
+    "checkpoints with a manifest of no files": (
+        in_checkpoint(MANIFEST, lambda path: path.write_text('{"files": {}}')),
+        "?",
+    ),
+    "checkpoints with a manifest nested too deep": (
+        in_checkpoint(MANIFEST, lambda path: path.write_bytes(DEEP)),
+        "?",
+    ),
+    "checkpoints without a model": (in_checkpoint("model.safetensors", Path.unlink), "?"),
+    "checkpoints with a model cut short": (in_checkpoint("trainer.pt", cut), "?"),
+    "checkpoints with a flipped byte": (in_checkpoint("best.safetensors", flip), "?"),
+    "checkpoints with a state that is no JSON": (remanifested("state.json", b"{1"), "?"),
+    "checkpoints with a state that is a list": (remanifested("state.json", b"[]"), "?"),
+    "checkpoints with a state nested too deep": (remanifested("state.json", DEEP), "?"),
+}
+
+
+# Who reads what.
+
+WRITERS = {
+    "a model with weights that are not finite": Kind(pth(tensors=not_finite), "?"),
+    "a model that holds no tokenizer": Kind(pth(put("tokenizer", to=None)), "?"),
+    "a model of no known ending": Kind(written("m.onnx", "x"), "?"),
+}
+STRANGE_TOKENIZERS = {
+    "an export that holds no tokenizer": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer=None)), "?"
+    ),
+    "an export with a tokenizer of an unknown kind": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer={"kind": "morse"})), "?"
+    ),
+    "an export with a tokenizer of another size": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer=CharTokenizer("ab").to_dict())), "?"
+    ),
+}
+
+OF_MODELS = Reader(
+    (pth(), safe()),
+    ("export --model {path} --format safetensors --output {out}/m.safetensors",),
+    checkpoint.load,
+)
+OF_WRITERS = Reader(
+    (pth(), safe()),
+    (
+        "sample --model {path} --max-new-tokens 1 --device cpu --threads 1",
+        "sample --model {path} --max-new-tokens 1 --device cpu --threads 1 --engine torch",
+    ),
+)
+WRITE = "sample --model {path} --max-new-tokens 1 --engine native --device cpu --threads 1"
+GENERATE = "nanogpt-generate {path} --max-new-tokens 1 --threads 1"
+OF_EXPORTS = Reader((export(),), (WRITE, GENERATE), native.open_file)
+OF_TOKENIZERS = Reader((export(),), (WRITE, GENERATE))
+OF_REWARDS = Reader(
+    (rewards("one|1\ntwo|2\n" * 20), rewards("text,reward\n" + "a,1\nb,2\n" * 20, "r.csv")),
+    (
+        f"advanced {SHAPE.removesuffix('--no-tensorboard')} --batch-size 2 --offline-data {{path}} "
+        f"--run-dir {{out}}/run --output {{out}}/m.pth",
+    ),
+    read_reward_data,
+)
+OF_TABLES = Reader(
+    (table("a,b\n" + rows(40)),),
+    (
+        "explore --data {path} --run-dir {out}/run --output {out}/m.pth --device cpu --threads 1 "
+        "--n-layer 1 --n-head 1 --n-embd 8 --max-steps 4",
+    ),
+)
+OF_CONFIGURATIONS = Reader(
+    (settings("seed: 3\nbias: true\n"),),
+    (f"{TRAIN} --text {{good}} --config {{path}} --run-dir {{out}}/run --output {{out}}/m.pth",),
+    lambda path: cli.parse("train", TrainConfig, ["--config", str(path)]),
+)
+OF_TERMS = Reader(
+    (written("w.txt", "ab\nba\n"),),
+    ("sample --model {good} --reward-terms {path} --max-new-tokens 1 --device cpu --threads 1",),
+)
+OF_TEXTS = Reader(
+    (text(REPEATED), gzip_damage(lambda raw: raw)),
+    (f"{TRAIN} --text {{path}} --run-dir {{out}}/run --output {{out}}/m.pth",),
+    lambda path: prepare([str(path)]),
+)
+OF_PROMPTS = Reader(
+    (written("p.txt", "ab"),),
+    ("sample --model {good} --file {path} --max-new-tokens 1 --device cpu --threads 1",),
+)
+TABLE_OF: list[tuple[Reader, dict[str, Kind]]] = [
+    (OF_MODELS, MODELS),
+    (OF_WRITERS, WRITERS),
+    (OF_EXPORTS, EXPORTS),
+    (OF_TOKENIZERS, STRANGE_TOKENIZERS),
+    (OF_REWARDS, REWARDS),
+    (OF_TABLES, TABLES),
+    (OF_CONFIGURATIONS, CONFIGURATIONS),
+    (OF_TERMS, TERMS),
+    (OF_TEXTS, TEXTS),
+    (OF_PROMPTS, PROMPTS),
+]
+KINDS = {name: (reader, kind) for reader, kinds in TABLE_OF for name, kind in kinds.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command runs: what it is given, and where it may write.
+
+    Attributes:
+        given: a folder for the malformed file.
+        good: a model or a text that a command needs beside it.
+    """
+
+    root: Path
+    given: Path
+    run: Callable[..., Any]
+
+    def ask(self, command: str, path: Path) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        good = self.root / "good" / ("text.txt" if "--text" in command else "m.pth")
+        places = {"{path}": path, "{out}": self.root / "out", "{good}": good}
+        words = []
+        for word in command.split():
+            for mark, place in places.items():
+                word = word.replace(mark, str(place))
+            words.append(word)
+        if words[0] != native.PROGRAM:
+            outcome = self.run(*words)
+            return outcome.code, outcome.out, outcome.err
+        binary = native.program()
+        if binary is None:
+            pytest.skip(f"no {native.PROGRAM}: `make build` builds it where there is a compiler")
+        done = subprocess.run([binary, *words[1:]], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    def content(self) -> dict[str, str]:
+        """Every file there is, but for cached tokens."""
+        found = {}
+        for path in self.root.rglob("*"):
+            if path.relative_to(self.root).parts[0] != "token-cache":
+                raw = path.read_bytes().hex() if path.is_file() else ""
+                found[str(path)] = hashlib.sha256(raw.encode()).hexdigest()
+        return found
+
+
+@pytest.fixture
+def place(tmp_path: Path, nanogpt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Place:
+    for name in ("given", "good", "work"):
+        (tmp_path / name).mkdir()
+    pth()(tmp_path / "good")
+    (tmp_path / "good" / "text.txt").write_text(REPEATED)
+    monkeypatch.chdir(tmp_path / "work")
+    return Place(tmp_path, tmp_path / "given", nanogpt)
+
+
+def who_speaks(command: str) -> str:
+    name = command.split()[0]
+    return name if name == native.PROGRAM else f"nanogpt {name}"
+
+
+def needs_engine(reader: Reader) -> None:
+    if reader in (OF_EXPORTS, OF_TOKENIZERS) and not native.available():
+        pytest.skip(f"native engine: {native.why_not()}")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_malformed_file_is_refused_in_one_sentence(name: str, place: Place) -> None:
+    reader, kind = KINDS[name]
+    needs_engine(reader)
+    path = kind.make(place.given)
+    sentence = kind.sentence.replace("{path}", str(path))
+    before = place.content()
+    for command in reader.commands:
+        outcome = place.ask(command, path)
+        if os.environ.get("DUMP"):
+            with open(os.environ["DUMP"], "a") as f:
+                f.write(json.dumps([name, outcome[0], outcome[1], outcome[2].replace(str(path), "{path}"), place.content() == before]) + "\n")
+            continue
+        assert outcome == (kind.code, "", f"{who_speaks(command)}: {sentence}\n")
+    assert place.content() == before, "something was written"
+    if reader.function is not None:
+        with pytest.raises(UsageError if kind.code == 2 else InputError) as caught:
+            reader.function(path)
+        if os.environ.get("DUMP"):
+            with open(os.environ["DUMP"], "a") as f:
+                f.write(json.dumps([name, "function", str(caught.value).replace(str(path), "{path}")]) + "\n")
+            return
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("reader", [reader for reader, _ in TABLE_OF])
+def test_a_good_file_is_accepted_by_the_same_reader(reader: Reader, place: Place) -> None:
+    needs_engine(reader)
+    for number, make in enumerate(reader.good):
+        folder = place.given / str(number)
+        folder.mkdir()
+        path = make(folder)
+        for command in reader.commands:
+            code, _, err = place.ask(command, path)
+            assert code == 0, err
+            shutil.rmtree(place.root / "out", ignore_errors=True)
+        if reader.function is not None:
+            assert reader.function(path) is not None
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_malformed_run_directory_is_refused(
+    name: str, place: Place, finished_run: Path
+) -> None:
+    damage, sentence, code = RUNS[name]
+    path = place.given / "run"
+    shutil.copytree(finished_run / "run", path)
+    damage(path)
+    before = place.content()
+    command = f"{TRAIN} --text {finished_run}/text.txt --run-dir {{path}} --output {{out}}/m.pth"
+    outcome = place.ask(command, path)
+    if os.environ.get("DUMP"):
+        with open(os.environ["DUMP"], "a") as f:
+            f.write(json.dumps([name, *outcome[:2], outcome[2].replace(str(path), "{path}"), place.content() == before]) + "\n")
+        return
+    assert outcome == (code, "", f"nanogpt train: {sentence.replace('{path}', str(path))}\n")
+    assert place.content() == before, "something was written"
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_malformed_checkpoints_are_passed_over(name: str, tmp_path: Path, finished_run: Path) -> None:
+    damage, sentence = CHECKPOINTS[name]
+    path = tmp_path / "run"
+    shutil.copytree(finished_run / "run", path)
+    said: list[str] = []
+    with RunDirectory(path, said.append) as run:
+        assert run.newest() is not None
+        assert said == []
+        damage(path)
+        assert run.newest() is None
+    if os.environ.get("DUMP"):
+        with open(os.environ["DUMP"], "a") as f:
+            f.write(json.dumps([name, *said]) + "\n")
+        return
+    found = [path / "checkpoints" / step for step in ("00000002", "00000001")]
+    assert said == [f"passed over the checkpoint {folder}: {sentence}" for folder in found]
+
+
+def test_sentences_tell_the_kinds_apart() -> None:
+    """One sentence for each kind of damage, but for a few that nobody could tell apart."""
