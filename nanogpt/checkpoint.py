@@ -97,12 +97,12 @@ def load(
     """
     path = Path(path)
     tensors, content = _read(path)
-    problem = metadata.verify(content, tensors)
+    problem = _problem_with(tensors) or metadata.verify(content, tensors)
     if problem:
         raise InputError(f"{path} is damaged: {problem}")
     try:
-        config = GPTConfig(**content["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        config = _config_of(content)
+    except ValueError as error:
         raise InputError(f"{path} has no usable configuration: {error}") from None
     # Before anything is allocated for a shape that the weights do not have.
     if config.n_parameters() != sum(tensor.numel() for tensor in tensors.values()):
@@ -111,7 +111,33 @@ def load(
         model = Snapshot(content, tensors).to_model()
     except RuntimeError:
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
+        raise InputError(f"{path} is damaged: its tokenizer does not fit its configuration")
     return model.to(device), model.tokenizer
+
+
+def _problem_with(tensors: dict[str, torch.Tensor]) -> str | None:
+    """What is no weight of ours, in words, or None."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name.isascii():
+            return f"it has a tensor called {str(name).encode('ascii', 'backslashreplace')[:40]!r}"
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or not tensor.is_floating_point():
+            return f"{name[:80]} is not an array of floating point numbers"
+    return None
+
+
+def _config_of(content: dict[str, Any]) -> GPTConfig:
+    """Raises: ValueError in words where metadata hold no shape of a model."""
+    fields = content.get("config")
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object" if "config" in content else "there is none")
+    unknown = sorted(fields.keys() - GPTConfig.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0][:40]!r} is not known")
+    return GPTConfig(**fields)
 
 
 def check_suffix(path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here imports torch; a command's module is imported after its flags have 
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import errno
 import importlib
@@ -228,7 +229,9 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the configuration {path}: {reason}") from None
@@ -236,10 +239,18 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise InputError(f"{path} is not valid YAML{line}") from None
+    except RecursionError:
+        raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
+    except ValueError:
+        raise InputError(f"{path} holds a number or a date that is impossible") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold 'flag: value' lines, one for each flag it sets")
+    names = [key.value for key, _ in root.value]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: {twice} stands there twice")
     fields = {entry.name: entry for entry in dataclasses.fields(config_class)}
     values = {}
     for key, value in content.items():
@@ -258,15 +269,30 @@ def _value_from_file(path: str, config_class: type, entry: Any, value: Any) -> A
     label = f"{path}: {entry.name.replace('_', '-')}"
     if kind is bool:
         if not isinstance(value, bool):
-            raise UsageError(f"{label} must be true or false, not {value!r}")
+            raise UsageError(f"{label} must be true or false, not {_named(value)}")
         return value
     converter = _Converter(label, kind, entry.metadata)
     if many:
         words = value if isinstance(value, list) else [value]
+        for word in words:
+            if not _is_single(word):
+                raise UsageError(f"{label} must be a list of single values, not of {_named(word)}")
         return tuple(converter(str(word)) for word in words)
-    if isinstance(value, (dict, list, bool)):
-        raise UsageError(f"{label} must be a single value, not {value!r}")
+    if not _is_single(value) or isinstance(value, bool):
+        raise UsageError(f"{label} must be a single value, not {_named(value)}")
     return converter(str(value))
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, str | int | float | datetime.date)
+
+
+def _named(value: Any) -> str:
+    """A value of a file, in few words: what it holds may be without end."""
+    if _is_single(value):
+        return f"{value!r:.40}"
+    words = {list: "a list", dict: "a mapping", type(None): "nothing"}
+    return words.get(type(value), "something else")
 
 
 def _nearest(word: str, known: typing.Iterable[str]) -> str:

@@ -62,7 +62,8 @@ def option(
 class GPTConfig:
     """The shape of a GPT: pre-norm GPT-2 blocks with learned positions and a tied output head.
 
-    Raises: ValueError where a size is not positive or n_embd is not a multiple of n_head.
+    Raises: ValueError where a value is of another type or out of bounds, and where n_embd is not a
+        multiple of n_head.
     """
 
     vocab_size: int = 257
@@ -82,9 +83,11 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+                raise ValueError(f"{name} must be a positive whole number, not {value!r:.40}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r:.40}")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias must be true or false, not {self.bias!r:.40}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): "

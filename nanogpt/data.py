@@ -170,8 +170,10 @@ def _raw_chunks(source: Source) -> Iterator[bytes]:
         with source.open() as file:
             while raw := file.read(_CHUNK_BYTES):
                 yield raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{source.name} is a damaged gzip file: {error}") from None
+    except EOFError:
+        raise InputError(f"{source.name} is a damaged gzip file: it is cut short") from None
+    except (zlib.error, gzip.BadGzipFile):
+        raise InputError(f"{source.name} is a damaged gzip file, or none at all") from None
     except OSError as error:
         raise InputError(f"cannot read {source.name}: {error.strerror or error}") from None
     yield b""

@@ -15,6 +15,7 @@ import torch
 FORMAT = "nanogpt-1"
 KEY = "_extra_state"
 _LARGEST_BYTES = 256 * 2**20
+_DEEPEST = 64  # as the native engine reads
 
 
 def canonical_json(value: Any) -> bytes:
@@ -97,8 +98,24 @@ def from_bytes(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"the metadata has {len(raw):,} bytes, too many to be ours")
     try:
         value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        too_deep = _is_deeper(value)
+    except RecursionError:
+        too_deep = True
+    except ValueError as error:
         raise ValueError("the metadata is not JSON") from error
+    if too_deep:
+        raise ValueError(f"the metadata is nested deeper than {_DEEPEST} levels")
     if not isinstance(value, dict):
         raise ValueError("the metadata is not a JSON object")
     return value
+
+
+def _is_deeper(value: Any) -> bool:
+    """Whether a JSON value is nested too deep for whoever writes it again by recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in inner for child in each if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True

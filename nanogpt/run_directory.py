@@ -32,6 +32,7 @@ from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.model import GPT
 
 MANIFEST = "manifest.json"
+_FILES = {"model.safetensors", "best.safetensors", "trainer.pt", "state.json"}
 _KEPT = 2
 _PAGES = ("report.html", "report.json", "findings.json")
 _DELIVERED = "delivered.json"
@@ -204,9 +205,9 @@ class RunDirectory:
             return []
         records = []
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-        return records
+        return [record for record in records if isinstance(record, dict)]
 
     def journal_sizes(self) -> dict[str, int]:
         """Bytes of every journal; they go into the checkpoint, which makes them durable."""
@@ -283,8 +284,7 @@ class RunDirectory:
         for folder in self._folders():
             problem = _problem_with(folder)
             if problem is None:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                return Checkpoint(folder, state)
+                return Checkpoint(folder, json.loads((folder / "state.json").read_bytes()))
             self.warn(f"passed over the checkpoint {folder}: {problem}")
         return None
 
@@ -359,14 +359,28 @@ def _problem_with(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
+        missing = _FILES - manifest.keys()
+        if missing:
+            return f"its manifest lacks {min(missing)}"
         for name, entry in manifest.items():
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
             if _file_digest(path) != entry["sha256"]:
                 return f"{name} does not match its SHA-256"
+        if not _is_object((folder / "state.json").read_bytes()):
+            return "state.json is not a JSON object"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is damaged"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} cannot be read: {error.strerror}"
     return None
+
+
+def _is_object(raw: bytes) -> bool:
+    try:
+        return isinstance(json.loads(raw), dict)
+    except (ValueError, RecursionError):
+        return False

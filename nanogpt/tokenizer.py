@@ -191,9 +191,10 @@ class BPETokenizer(Tokenizer):
 
         try:
             self._backend = Backend.from_str(json.dumps(serialised))
-        except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the bpe tokenizer is damaged: {reason}") from None
+        except Exception:  # the library raises plain Exception, and speaks of itself
+            raise InputError(
+                "the bpe tokenizer is damaged: its parts are unknown or do not fit together"
+            ) from None
         # Ordinary text must not turn into the special token, whatever letters it holds.
         self._backend.encode_special_tokens = True
         size = self._backend.get_vocab_size(with_added_tokens=True)
