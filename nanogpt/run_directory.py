@@ -56,7 +56,7 @@ class Checkpoint:
 
     def load_trainer(self) -> dict[str, Any]:
         """State of the optimizer and the loss scaler."""
-        return torch.load(self.folder / "trainer.pt", map_location="cpu", weights_only=True)
+        return checkpoint.read_tensors(self.folder / "trainer.pt")
 
 
 class RunDirectory:
@@ -74,6 +74,7 @@ class RunDirectory:
         self._journals: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> "RunDirectory":
+        self._refuse_links()
         self._refuse_foreign()
         try:
             checkpoint.make_folder(self.path / "checkpoints")
@@ -104,6 +105,12 @@ class RunDirectory:
         self._journals.clear()
         if self._lock is not None:
             self._lock.close()
+
+    def _refuse_links(self) -> None:
+        """What a run writes stays in its folder, which may itself be reached by a link."""
+        for name in ("lock", "run.json", "checkpoints", "tensorboard", *_PAGES, *_JOURNALS):
+            if (self.path / name).is_symlink():
+                raise UsageError(f"--run-dir {self.path} holds a link where a run writes: {name}")
 
     def _refuse_foreign(self) -> None:
         """Whatever a run would replace must be a run's, not somebody's own files.
@@ -204,7 +211,7 @@ class RunDirectory:
             return []
         records = []
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
         return records
 
@@ -361,6 +368,8 @@ def _problem_with(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, entry in manifest.items():
             path = folder / name
+            if Path(name).name != name or (path.exists() and not path.is_file()):
+                return f"its manifest names {name}, which is no file in it"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
             if _file_digest(path) != entry["sha256"]:
