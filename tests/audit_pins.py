@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ def pins(text: str) -> dict[str, str]:
             (exact,) = requirement.specifier
             assert exact.operator == "==", f"{line} is no pin"
             found[canonicalize_name(requirement.name)] = exact.version
+    return found
+
+
+def installed() -> dict[str, importlib.metadata.Distribution]:
+    """What this Python would import, by name: the first of each on its path."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for each in importlib.metadata.distributions():
+        found.setdefault(canonicalize_name(each.metadata["Name"]), each)
     return found
 
 
@@ -81,15 +89,17 @@ def unpinned(
     )
 
 
-def run_pip_audit(constraints: Path) -> subprocess.CompletedProcess[str]:
-    """pip-audit's own words on the pins of a file."""
+def run_pip_audit(
+    constraints: Path, service: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """pip-audit's own words on the pins of a file; `service` are its flags of whom to ask."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         lines = (f"{name}=={v}\n" for name, v in pins(constraints.read_text()).items())
         requirements.write_text("".join(lines))
         return subprocess.run(
             [sys.executable, "-m", "pip_audit", "--requirement", requirements, "--no-deps",
-             "--disable-pip", "--format", "json", "--progress-spinner", "off"],
+             "--disable-pip", "--format", "json", "--progress-spinner", "off", *service],
             capture_output=True, text=True, check=False, timeout=_SECONDS,
         )  # fmt: skip
 
@@ -136,8 +146,7 @@ def audit(
 def main() -> int:
     """Both checks."""
     constraints = Path(sys.argv[1]) if len(sys.argv) > 1 else CONSTRAINTS
-    there = {canonicalize_name(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
-    loose = unpinned(pins(constraints.read_text()), needed(PROJECT, there))
+    loose = unpinned(pins(constraints.read_text()), needed(PROJECT, installed()))
     if loose:
         print(f"audit: not pinned in {constraints.name}: {' '.join(loose)}")
     return 0 if audit(constraints) and not loose else 1
