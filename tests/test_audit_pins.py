@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import audit_pins
+import audit_pins
 
 PINS = "jinja2==3.1.2\nrich==15.0.0  # a comment\n\n# another\n"
 OLD = {
