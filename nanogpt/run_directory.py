@@ -374,10 +374,12 @@ def _problem_with(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
             if _file_digest(path) != entry["sha256"]:
                 return f"{name} does not match its SHA-256"
-        if not isinstance(json.loads((folder / "state.json").read_bytes()), dict):
-            return "its state is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is damaged"
-    return None
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        state = None
+    return None if isinstance(state, dict) else "its state is damaged"

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import pytest
-
 import audit_pins
+import pytest
 
 PINS = "jinja2==3.1.2\nrich==15.0.0  # a comment\n\n# another\n"
 OLD = {

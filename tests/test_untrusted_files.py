@@ -1,9 +1,10 @@
-"""Files from elsewhere: nothing in them runs, makes room beyond their size, or names where to write."""
+"""Files from elsewhere: they run nothing, take no room beyond their size, say nowhere to write."""
 
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_the_payload_does_touch_a_file_where_pickles_are_trusted(tmp_path, write
     if write is write_pickle:
         pickle.loads(path.read_bytes()).close()
     else:
-        torch.load(path, weights_only=False)
+        torch.load(path, weights_only=False)["x"].close()
     assert touched.exists()
 
 
@@ -126,7 +127,9 @@ def run(nanogpt, tmp_path, text_file):
         )  # fmt: skip
 
     assert go(2).code == 0
-    (newest,) = (folder / "checkpoints").iterdir()
+    *older, newest = sorted((folder / "checkpoints").iterdir())
+    for other in older:
+        shutil.rmtree(other)
     (tmp_path / "out.pth").unlink()
     return folder, newest, go
 
@@ -369,8 +372,8 @@ def test_ordinary_state_dicts_of_torch_are_still_read(tmp_path):
     again = checkpoint.read_tensors(path)
     assert again["n"]["list"] == state["n"]["list"]
     assert torch.equal(again["p"], state["p"])
+    torch.save({"p": torch.ones(2)}, path)
     with pytest.raises(InputError, match="without a configuration"):
-        torch.save({"p": torch.ones(2)}, path)
         checkpoint.load(path)
 
 
@@ -415,7 +418,7 @@ def test_deep_json_in_a_run_directory_is_damage_and_no_crash(run):
     assert "its state is damaged" in warnings[0]
     (folder / "metrics.jsonl").write_text(DEEP + "\n")
     (folder / "run.json").write_text(DEEP)
-    outcome = go(4)
+    outcome = go(2)
     assert outcome.code == 3
     assert "run.json is damaged" in outcome.err
 
@@ -454,7 +457,7 @@ def test_a_link_in_a_run_directory_leads_nowhere(tmp_path, run, name):
         (folder / name).unlink()
         elsewhere.write_text("mine")
     (folder / name).symlink_to(elsewhere)
-    outcome = go(4)
+    outcome = go(2)
     assert outcome.code == 2
     assert f"holds a link where a run writes: {name}" in outcome.err
     kept = elsewhere / ".1.tmp" if elsewhere.is_dir() else elsewhere
@@ -465,19 +468,23 @@ def test_a_run_directory_may_itself_be_a_link(tmp_path, run):
     folder, _, go = run
     folder.rename(tmp_path / "disk")
     folder.symlink_to(tmp_path / "disk")
-    assert go(4).code == 0
+    assert go(2).code == 0
 
 
 # Writes down every path that is opened for writing, made, renamed or removed.
 WATCHED = """
 import os, sys
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-ONE = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
+ONE = {"os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
 TWO = {"os.rename", "os.link", "os.symlink"}
 def watch(event, arguments):
     if event == "open":
         path, _, flags = arguments
-        paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        # In a folder, a file without a name: so it is tried out, and nothing is left.
+        paths = [path] if writes and (isinstance(path, int) or not os.path.isdir(path)) else []
+    elif event == "os.mkdir":
+        paths = [] if os.path.isdir(arguments[0]) else arguments[:1]
     else:
         paths = arguments[:1] if event in ONE else arguments[:2] if event in TWO else []
     for path in paths:
@@ -499,8 +506,10 @@ def watched(tmp_path):
     def run(*words):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
+        # torch names its cache there for its own children.
+        mine = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
         environment = {
-            **os.environ,
+            **mine,
             "NANOGPT_CACHE": str(place / "cache"),
             "TMPDIR": str(place / "temporary"),
             "HOME": str(tmp_path / "home"),
@@ -534,9 +543,9 @@ def test_commands_write_where_they_were_told_and_nowhere_else(watched, tmp_path,
     text_file.rename(text)
     model = out / "m.safetensors"
     wrote = watched("train", "--text", text, "--max-steps", 2, "--output", model, *TRAIN)
-    assert model in {path for path in wrote}
+    assert model in wrote
     # Without --run-dir a run makes its own name, below runs/ where the command was given.
-    runs = [path for path in (place / "runs").iterdir()]
+    runs = list((place / "runs").iterdir())
     assert len(runs) == 1
     assert below(wrote, *allowed, place / "runs") == []
     told = tmp_path / "told"
@@ -575,8 +584,6 @@ def test_explore_writes_where_it_was_told_and_nowhere_else(watched, tmp_path):
 
 def test_a_write_elsewhere_would_be_seen(watched, tmp_path):
     """The control: the watcher sees what a command does in a folder that was not allowed."""
-    model = tmp_path / "far" / "m.pth"
-    checkpoint.check_suffix(model)
     source = tmp_path / "m.pth"
     checkpoint.save(small_model(), source)
     wrote = watched(
