@@ -402,6 +402,28 @@ def test_a_configuration_of_aliases_or_depths_is_refused(nanogpt, tmp_path, text
     assert len(outcome.err) < 500
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "text", "words"),
+    [
+        ("--data", "wide.csv", "a,b\n" + ",".join("1" * 4000) + "\n", "more than 2,000"),
+        ("--data", "deep.jsonl", ('{"a":' * 50_000) + "1" + "}" * 50_000 + "\n", "too deep"),
+        ("--offline-data", "deep.jsonl", '{"text":"a","reward":' + "[" * 400_000, "too deep"),
+    ],
+)  # fmt: skip
+def test_tables_of_too_many_fields_or_levels_are_refused(
+    nanogpt, tmp_path, command, name, text, words
+):
+    path = tmp_path / name
+    path.write_text(text.replace("a,b\n", ",".join(f"c{i}" for i in range(4000)) + "\n"))
+    verb = "explore" if command == "--data" else "advanced"
+    outcome = nanogpt(
+        verb, command, path, "--run-dir", tmp_path / "run", "--output", tmp_path / "out.pth"
+    )
+    assert outcome.code == 3
+    assert words in outcome.err
+    assert not (tmp_path / "out.pth").exists()
+
+
 DEEP = "[" * 200_000
 
 
