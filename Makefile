@@ -64,12 +64,13 @@ test: build  ## run the tests
 test-all: build  ## run the tests and the slow ones
 	$(RUN) -m pytest
 
-lint: build  ## check style and types
-	$(PIP) install --quiet -c constraints.txt ruff mypy types-PyYAML clang-format
+lint: build  ## check style, types, and that no pinned package is known to be vulnerable
+	$(PIP) install --quiet -c constraints.txt ruff mypy types-PyYAML clang-format pip-audit
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(RUN) tests/audit_pins.py
 
 format: build  ## rewrite the code in the project's style
 	$(PIP) install --quiet -c constraints.txt ruff clang-format

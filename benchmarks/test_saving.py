@@ -17,7 +17,7 @@ from nanogpt.run_directory import RunDirectory
 from nanogpt.saver import Saver
 from nanogpt.trainer import make_optimizer
 
-_STEPS = 6
+_STEPS = 3
 """From one save to the next."""
 SHAPES = {
     "10.7M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},

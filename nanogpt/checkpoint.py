@@ -12,8 +12,12 @@ import fcntl
 import glob
 import io
 import os
+import pickletools
+import re
+import struct
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,10 @@ from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
 SUFFIXES = (".pth", ".safetensors")
+_LARGEST_PICKLE_BYTES = 64 * 2**20
+_OF_TENSORS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+)
 _SAFETENSORS_KEY = "nanogpt"
 # A temporary file is younger for as long as its writer has not locked it yet.
 _LEFT_OVER_SECONDS = 60
@@ -183,14 +191,85 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
 
 
-def _read_pth(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote of tensors, numbers and texts, in lists and dicts; nothing is run.
+
+    What the file declares is held against its own size before torch makes room for it: records
+    are not compressed, no record and no tensor is more than the bytes that are there.
+
+    Raises: InputError where it is damaged or anything else.
+    """
     with path.open("rb") as file:
         try:
+            _check_archive(file)
+            file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
+            _check_dense(state, os.fstat(file.fileno()).st_size)
         except Exception:  # damage shows as a dozen kinds: zip, pickle, key, seek, unicode …
             raise InputError(
                 f"{path} cannot be read: it is damaged or not a file of tensors"
             ) from None
+    return state
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    """Raises: ValueError or zipfile's errors for a zip that torch.save does not write."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as opened:
+        members, directory = opened.infolist(), opened.start_dir
+        file.seek(max(0, size - 98))
+        # Where every reader of zip files finds the same directory: no comment, nothing before it.
+        tail = file.read().rjust(98, b"\0")
+        count, offset = *struct.unpack("<H", tail[86:88]), *struct.unpack("<L", tail[92:96])
+        if tail[56:60] == b"PK\6\7":
+            if tail[:4] != b"PK\6\6" or struct.unpack("<Q", tail[64:72]) != (size - 98,):
+                raise ValueError("the 64-bit directory is elsewhere")
+            count, offset = *struct.unpack("<Q", tail[32:40]), *struct.unpack("<Q", tail[48:56])
+        if (
+            tail[76:80] != b"PK\5\6"
+            or tail[96:] != b"\0\0"
+            or (count, offset)
+            != (
+                len(members),
+                directory,
+            )
+        ):
+            raise ValueError("the directory is elsewhere")
+        names = {member.filename.lower() for member in members}
+        if len(names) < len(members) or len({name.partition("/")[0] for name in names}) != 1:
+            raise ValueError("records have one name, or lie in several folders")
+        if any(m.compress_type or m.compress_size != m.file_size for m in members):
+            raise ValueError("a record is compressed")
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("the records are more than the file")
+        (pickled,) = [m for m in members if m.filename.endswith("/data.pkl")]
+        if pickled.file_size > _LARGEST_PICKLE_BYTES:
+            raise ValueError("too long a description of tensors")
+        for operation, value, _ in pickletools.genops(opened.read(pickled)):
+            if operation.name == "GLOBAL" and not _OF_TENSORS.fullmatch(str(value)):
+                raise ValueError(f"{value} is no part of tensors")
+
+
+def _check_dense(state: Any, size: int) -> None:
+    """Raises: ValueError where tensors are views that show more than the file's bytes."""
+    left, seen = [state], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            size -= value.numel() * value.element_size()
+            if size < 0 or not value.is_contiguous():
+                raise ValueError("a tensor shows more than there is")
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+
+
+def _read_pth(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} is not a model file of nanogpt: it holds more than weights")
     extra = state.pop(metadata.KEY, None)

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }
 INTERRUPTED = 130
+_LARGEST_CONFIG = 1_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,19 +229,34 @@ def _shown_default(entry: Any) -> str:
 def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Without aliases, with which a short text stands for a huge value."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.composer.ComposerError(
+                    None, None, "an alias", self.peek_event().start_mark
+                )
+            return super().compose_node(parent, index)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        root = yaml.compose(text, yaml.SafeLoader)
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise InputError(f"{path} is no configuration: it is longer than {_LARGEST_CONFIG:,}")
+        loader = Loader(text)
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the configuration {path}: {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(f"{path} is not valid YAML{line}") from None
+        aliases = " without aliases" if getattr(error, "problem", "") == "an alias" else ""
+        raise InputError(f"{path} is not valid YAML{aliases}{line}") from None
     except RecursionError:
-        raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
+        raise InputError(f"{path} is nested too deep for a configuration") from None
     except ValueError:
         raise InputError(f"{path} holds a number or a date that is impossible") from None
     if content is None:

@@ -57,7 +57,7 @@ class Checkpoint:
 
     def load_trainer(self) -> dict[str, Any]:
         """State of the optimizer and the loss scaler."""
-        return torch.load(self.folder / "trainer.pt", map_location="cpu", weights_only=True)
+        return checkpoint.read_tensors(self.folder / "trainer.pt")
 
 
 class RunDirectory:
@@ -75,6 +75,7 @@ class RunDirectory:
         self._journals: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> "RunDirectory":
+        self._refuse_links()
         self._refuse_foreign()
         try:
             checkpoint.make_folder(self.path / "checkpoints")
@@ -105,6 +106,12 @@ class RunDirectory:
         self._journals.clear()
         if self._lock is not None:
             self._lock.close()
+
+    def _refuse_links(self) -> None:
+        """What a run writes stays in its folder, which may itself be reached by a link."""
+        for name in ("lock", "run.json", "checkpoints", "tensorboard", *_PAGES, *_JOURNALS):
+            if (self.path / name).is_symlink():
+                raise UsageError(f"--run-dir {self.path} holds a link where a run writes: {name}")
 
     def _refuse_foreign(self) -> None:
         """Whatever a run would replace must be a run's, not somebody's own files.
@@ -364,23 +371,20 @@ def _problem_with(folder: Path) -> str | None:
             return f"its manifest lacks {min(missing)}"
         for name, entry in manifest.items():
             path = folder / name
+            if Path(name).name != name or (path.exists() and not path.is_file()):
+                return f"its manifest names {name}, which is no file in it"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
             if _file_digest(path) != entry["sha256"]:
                 return f"{name} does not match its SHA-256"
-        if not _is_object((folder / "state.json").read_bytes()):
-            return "state.json is not a JSON object"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is damaged"
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} cannot be read: {error.strerror}"
-    return None
-
-
-def _is_object(raw: bytes) -> bool:
     try:
-        return isinstance(json.loads(raw), dict)
-    except (ValueError, RecursionError):
-        return False
+        state = json.loads((folder / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        state = None
+    return None if isinstance(state, dict) else "its state is damaged"

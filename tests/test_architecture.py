@@ -142,6 +142,67 @@ def test_torch_jit_stands_in_the_torchscript_exporter_alone():
             assert "torch.jit" not in path.read_text(encoding="utf-8"), path.name
 
 
+# What runs what a file or a text says, with the places that may, by the end of the name.
+RUNS_WHAT_IT_READS = {
+    "eval": (), "exec": (), "__import__": (),
+    "pickle.load": (), "pickle.loads": (), "pickle.Unpickler": ("export/torchscript.py",),
+    "marshal.loads": (), "marshal.load": (), "shelve.open": (), "runpy.run_path": (),
+    "yaml.load": (), "yaml.unsafe_load": (), "yaml.full_load": (),
+    "numpy.load": (), "np.load": (), "joblib.load": (),
+    "torch.jit.load": ("export/torchscript.py",), "torch.hub.load": (), "torch.package": (),
+    "os.system": (), "os.popen": (), "ctypes.CDLL": (), "torch.ops.load_library": (),
+    "subprocess.run": ("doctor.py",), "subprocess.Popen": (), "subprocess.call": (),
+    "subprocess.check_output": (),
+}  # fmt: skip
+
+
+def dotted(node):
+    """a.b.c of an expression, or ""."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def risks(source, place):
+    """What in a file may run what it reads, against the rules above."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Name | ast.Attribute):
+            names = [dotted(node)]
+        else:
+            names = []
+        found += [name for name in names if place not in RUNS_WHAT_IT_READS.get(name, (place,))]
+        if isinstance(node, ast.Call):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if dotted(node.func) == "torch.load" and given.get("weights_only") != "True":
+                found.append("torch.load without weights_only=True")
+            if given.get("shell", "False") != "False" or given.get("allow_pickle") == "True":
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_nothing_runs_what_it_reads_but_in_the_named_places():
+    for path, _ in modules():
+        place = path.relative_to(PACKAGE).as_posix()
+        assert not risks(path.read_text(encoding="utf-8"), place), place
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=maybe)",
+        "eval(x)", "exec(x)", "pickle.loads(x)", "from pickle import loads", "yaml.load(x, L)",
+        "np.load(f)", "np.lib.format.read_array(f, allow_pickle=True)", "torch.jit.load(f)",
+        "subprocess.run(x)", "run(x, shell=True)", "os.system(x)", "read = pickle.load",
+    ],
+)  # fmt: skip
+def test_the_rule_sees_what_it_is_for(line):
+    assert risks(line, "train.py")
+    assert not risks("torch.load(f, weights_only=True); model.eval(); re.compile(x)", "train.py")
+
+
 def test_the_links_lead_into_the_package():
     for name in ("kernels", "export"):
         assert (ROOT / name).is_symlink()

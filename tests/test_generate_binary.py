@@ -860,8 +860,8 @@ import ctypes as c, json, sys
 class Plugin(c.Structure):
     _fields_ = [
         ("abi", c.c_uint32), ("built", c.c_char_p), ("loaded", c.c_void_p),
-        ("open", c.CFUNCTYPE(c.c_int, c.c_char_p, c.c_int, c.POINTER(c.c_void_p), c.c_char_p,
-                             c.c_size_t)),
+        ("open", c.CFUNCTYPE(c.c_int, c.c_char_p, c.c_size_t, c.c_int, c.POINTER(c.c_void_p),
+                             c.c_char_p, c.c_size_t)),
         ("append", c.CFUNCTYPE(c.c_int, c.c_void_p, c.POINTER(c.c_int32), c.c_int64,
                                c.POINTER(c.c_float), c.c_int64, c.c_char_p, c.c_size_t)),
         ("reset", c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_char_p, c.c_size_t)),
@@ -872,7 +872,9 @@ find = c.CDLL(sys.argv[1]).nanogpt_torchscript_plugin
 find.restype = c.POINTER(Plugin)
 plugin, model, error = find().contents, c.c_void_p(), c.create_string_buffer(500)
 vocab = int(sys.argv[3])
-assert plugin.open(sys.argv[2].encode(), 1, c.byref(model), error, 500) == 0, error.value
+archive = open(sys.argv[2], "rb").read()
+assert plugin.open(archive, len(archive), 1, c.byref(model), error, 500) == 0, error.value
+del archive
 logits = (c.c_float * vocab)()
 def append(*ids):
     code = plugin.append(model, (c.c_int32 * len(ids))(*ids), len(ids), logits, vocab, error, 500)
@@ -881,7 +883,7 @@ out = [append(1, 2, 3), append(4, 5)]
 plugin.reset(model, error, 500)
 out += [[plugin.length(model)], append(1, 2, 3, 4, 5), append(vocab)]
 plugin.close(model)
-out.append([plugin.open(b"/none.pt", 1, c.byref(model), error, 500), error.value.decode()])
+out.append([plugin.open(b"none", 4, 1, c.byref(model), error, 500), error.value.decode()])
 print(json.dumps(out))
 """
     model, tokenizer = load(folder / "char.safetensors")
@@ -899,4 +901,4 @@ print(json.dumps(out))
     assert outside[0] != 0
     assert f"outside the vocabulary of {vocab}" in outside[3]
     assert none[0] != 0
-    assert "/none.pt" in none[1]
+    assert "archive" in none[1]

@@ -450,6 +450,10 @@ void ModelFile::verify(int threads) const {
 
 const Weights& ModelFile::weights() const { return content_->weights; }
 
+std::string_view ModelFile::bytes() const {
+  return {reinterpret_cast<const char*>(content_->data), content_->size};
+}
+
 const std::string& ModelFile::tokenizer_json() const { return content_->tokenizer; }
 
 std::optional<double> ModelFile::calibration_temperature() const { return content_->temperature; }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "engine/weights.h"
 
@@ -28,6 +29,8 @@ class ModelFile {
   void verify(int threads) const;
 
   const Weights& weights() const;
+  // The whole file.
+  std::string_view bytes() const;
   // The tokenizer's description as JSON text (Python's Tokenizer.to_dict), empty where there is
   // none.
   const std::string& tokenizer_json() const;

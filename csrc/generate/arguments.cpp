@@ -206,6 +206,8 @@ const Flag kFlags[] = {
        a.engine = v == "native" ? Engine::native : Engine::torchscript;
      },
      nullptr, true, "machine"},
+    {"--trust", nullptr, "let torchscript run an archive whose program is not one of export", "no",
+     nullptr, &Arguments::trust, true, "machine"},
     {"--threads", "N", "CPU threads", "chosen by measurement",
      [](Arguments& a, const std::string& f, const std::string& v) {
        a.threads = static_cast<int>(whole(f, v, 1, kMostThreads));
@@ -296,6 +298,9 @@ void check_together(const Arguments& a, const std::set<std::string>& given) {
   if (a.prompt && a.file) throw UsageError("--prompt and --file exclude each other");
   if (given.count("--beta") != 0 && !a.reward_chars && !a.reward_terms) {
     throw UsageError("--beta multiplies a reward: give --reward-chars or --reward-terms too");
+  }
+  if (a.trust && a.engine != Engine::torchscript) {
+    throw UsageError("--trust belongs to --engine torchscript: native runs no code of the file");
   }
   const std::string safetensors = ".safetensors";
   if (a.engine == Engine::torchscript && a.model.size() >= safetensors.size() &&

@@ -32,6 +32,7 @@ struct Arguments {
   bool bench = false;
   int repetitions = 5;
   Engine engine = Engine::native;
+  bool trust = false;
   int threads = 0;  // 0: chosen by measurement
 
   bool help = false;

@@ -137,7 +137,7 @@ int generate(const Arguments& arguments, Clock::time_point started) {
                if (ids.empty()) ids.push_back(tokenizer->end_of_text_id());
              });
   if (arguments.engine == Engine::torchscript) {
-    torchscript = open_torchscript(arguments.model, config, arguments.threads);
+    torchscript = open_torchscript(file, arguments.model, arguments.threads, arguments.trust);
   }
   LogitsSource& source = decoder != nullptr ? static_cast<LogitsSource&>(*decoder) : *torchscript;
   interruptions_wait();

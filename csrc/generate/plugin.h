@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NANOGPT_PLUGIN_ABI 1
+#define NANOGPT_PLUGIN_ABI 2
 #define NANOGPT_PLUGIN_FILE "nanogpt_torchscript.so"
 #define NANOGPT_PLUGIN_SYMBOL "nanogpt_torchscript_plugin"
 
@@ -21,8 +21,9 @@ typedef struct NanogptPlugin {
   const char* built_torch; /* version of the torch it was compiled against, as in "2.13.0" */
   /* Version of the torch that was loaded, written to `version`; "unknown" where it has none. */
   void (*loaded_torch)(char* version, size_t size);
-  /* Loads an archive; `threads` = 0 leaves torch's own choice. */
-  int (*open)(const char* path, int threads, void** model, char* error, size_t size);
+  /* Loads an archive of `count` bytes, which may go once it returns, and may run code in it;
+     `threads` = 0 leaves torch's own choice. */
+  int (*open)(const void* bytes, size_t count, int threads, void** model, char* error, size_t size);
   /* Appends tokens to the context and writes the logits (vocab_size) of the token that follows. */
   int (*append)(void* model, const int32_t* tokens, int64_t count, float* logits,
                 int64_t vocab_size, char* error, size_t size);

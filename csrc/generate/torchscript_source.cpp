@@ -15,6 +15,7 @@
 #include "engine/error.h"
 #include "generate/inputs.h"
 #include "generate/plugin.h"
+#include "generate/torchscript_check.h"
 
 namespace nanogpt {
 namespace {
@@ -97,11 +98,14 @@ const NanogptPlugin& load_plugin(const std::string& path) {
 
 class TorchScriptSource : public LogitsSource {
  public:
-  TorchScriptSource(const NanogptPlugin& plugin, const std::string& path, const Config& config,
+  TorchScriptSource(const NanogptPlugin& plugin, const ModelFile& file, const std::string& path,
                     int threads)
-      : plugin_(plugin), config_(config), logits_(static_cast<size_t>(config.vocab_size)) {
+      : plugin_(plugin),
+        config_(file.weights().config),
+        logits_(static_cast<size_t>(config_.vocab_size)) {
     char error[kErrorBytes] = {};
-    if (plugin_.open(path.c_str(), threads, &model_, error, sizeof error) != 0) {
+    const std::string_view bytes = file.bytes();
+    if (plugin_.open(bytes.data(), bytes.size(), threads, &model_, error, sizeof error) != 0) {
       throw InputError("torch cannot open " + visible(path) + ": " + visible(error));
     }
   }
@@ -148,9 +152,17 @@ class TorchScriptSource : public LogitsSource {
 
 }  // namespace
 
-std::unique_ptr<LogitsSource> open_torchscript(const std::string& path, const Config& config,
-                                               int threads) {
-  return std::make_unique<TorchScriptSource>(load_plugin(find_plugin()), path, config, threads);
+std::unique_ptr<LogitsSource> open_torchscript(const ModelFile& file, const std::string& path,
+                                               int threads, bool trust) {
+  if (!trust) {
+    const std::string foreign = foreign_program(file, path);
+    if (!foreign.empty()) {
+      throw UsageError(visible(path) + " is a program that nanogpt export did not write, because " +
+                       foreign + ": nothing was run; --trust runs whatever it does, and --engine " +
+                       "native runs nothing of it");
+    }
+  }
+  return std::make_unique<TorchScriptSource>(load_plugin(find_plugin()), file, path, threads);
 }
 
 }  // namespace nanogpt

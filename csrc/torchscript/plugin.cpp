@@ -5,6 +5,7 @@
 #include "generate/plugin.h"
 
 #include <ATen/Parallel.h>
+#include <caffe2/serialize/read_adapter_interface.h>
 #include <dlfcn.h>
 #include <torch/script.h>
 #include <torch/version.h>
@@ -58,10 +59,29 @@ void loaded_torch(char* version, size_t size) {
   std::snprintf(version, size, "%u.%u.%u", byte(56), byte(48), byte(40));
 }
 
-int open_model(const char* path, int threads, void** model, char* error, size_t size) {
+// The archive as it lies in memory: what was checked is what is read, whatever becomes of the file.
+class Bytes final : public caffe2::serialize::ReadAdapterInterface {
+ public:
+  Bytes(const void* bytes, size_t count) : bytes_(static_cast<const char*>(bytes)), count_(count) {}
+  size_t size() const override { return count_; }
+  size_t read(uint64_t at, void* out, size_t count, const char*) const override {
+    if (at >= count_) return 0;
+    count = std::min(count, count_ - static_cast<size_t>(at));
+    std::memcpy(out, bytes_ + at, count);
+    return count;
+  }
+
+ private:
+  const char* bytes_;
+  size_t count_;
+};
+
+int open_model(const void* bytes, size_t count, int threads, void** model, char* error,
+               size_t size) {
   try {
     if (threads > 0) at::set_num_threads(threads);
-    torch::jit::Module module = torch::jit::load(path, torch::kCPU);
+    torch::jit::Module module =
+        torch::jit::load(std::make_shared<Bytes>(bytes, count), torch::kCPU, false);
     module.eval();
     *model = new Model{module, module.get_method("prefill"), module.get_method("decode"),
                        module.get_method("reset")};

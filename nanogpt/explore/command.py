@@ -390,7 +390,7 @@ class _Exploration:
             kept = json.loads(path.read_text(encoding="utf-8"))
             report = kept["report"]
             whole = kept["sha256"] == hashlib.sha256(_as_text(report).encode()).hexdigest()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return report if whole and kept.get("key") == self._report_key() else None
 

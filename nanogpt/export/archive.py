@@ -155,6 +155,11 @@ def read(path: Path) -> Content:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the archive {path}: {error.strerror}") from None
+    return parse(path, raw)
+
+
+def parse(path: Path, raw: bytes) -> Content:
+    """`read` of bytes that are in memory; `path` stands in the sentences alone."""
     where, directory = _payloads(path, raw)
     if INDEX not in where:
         raise InputError(f"{path} is no export of nanogpt: it has no {INDEX}")

@@ -13,17 +13,21 @@ were scripted before. All of torch.jit stays in this file.
 """
 
 import io
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.config import GPTConfig
+from nanogpt.errors import InputError, UsageError
 from nanogpt.export import archive
 from nanogpt.export.quantize import SCALE, weights_of
 from nanogpt.model import GPT
@@ -160,9 +164,8 @@ class Exported(nn.Module):
         keys: Tensor
         values: Tensor
 
-    def __init__(self, model: GPT, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: GPTConfig, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        config = model.config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.length = 0
 
@@ -259,8 +262,17 @@ def write(model: GPT, quantize: str, file: IO[bytes]) -> None:
         file: open for writing, at its beginning.
     Raises: InputError where a weight is not finite.
     """
-    weights = weights_of(model, quantize)
-    members, sizes = _scripted_archive(model, weights)
+    _write(model.config, model.describe(), quantize, weights_of(model, quantize), file)
+
+
+def _write(
+    config: GPTConfig,
+    described: Mapping[str, Any],
+    quantize: str,
+    weights: Mapping[str, Tensor],
+    file: IO[bytes],
+) -> None:
+    members, sizes = _scripted_archive(config, weights)
     members = _canonical(members)
     homes = _record_of_each_tensor(members["data.pkl"])
     entries, payloads = {}, []
@@ -272,23 +284,67 @@ def write(model: GPT, quantize: str, file: IO[bytes]) -> None:
     # What is left is the cache, which is empty.
     members.update({name: b"" for name, size in sizes.items() if size == 0})
     assert not any(sizes.values()), f"records without a name: {sizes}"
-    index = archive.describe(model.describe(), quantize, entries)
+    index = archive.describe(described, quantize, entries)
     rest = [archive.Record(name, raw) for name, raw in sorted(members.items())]
     archive.write(file, [archive.Record(archive.INDEX, index), *rest, *payloads])
 
 
-def load(path: Any) -> Any:
-    """The module as torch reads it back."""
+def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
+    """The module as torch reads it back.
+
+    An archive is a program. Without `trust` it is written once more from what its index says and
+    the tensors it holds, and run only where every byte is the same: then its program is the one of
+    this exporter, whoever made the file.
+
+    Args:
+        trust: run whatever is in the file.
+    Raises: InputError where the file is missing, damaged or foreign; UsageError where its program
+        is not the one of this exporter with the torch that is installed.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the archive {path}: {error.strerror}") from None
+    if not trust and not _is_own(archive.parse(path, raw), raw):
+        raise UsageError(
+            f"{path} is a program that nanogpt export with torch {torch.__version__} does not "
+            f"write for its configuration: nothing was run; trust=True runs whatever it does"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
-        return torch.jit.load(path, map_location="cpu")
+        return torch.jit.load(io.BytesIO(raw), map_location="cpu")
+
+
+def _is_own(content: archive.Content, raw: bytes) -> bool:
+    """Whether the exporter writes these bytes for what is in them."""
+    described = {
+        name: value
+        for name, value in content.index.items()
+        if name not in ("format", "quantize", "tensors")
+    }
+    records = {name: entry["record"] for name, entry in content.index["tensors"].items()}
+    if not all(re.fullmatch(r"data/\d{1,9}", record) for record in records.values()):
+        return False
+    # In the file in the order of the weights, in the index in the order of their names.
+    names = sorted(records, key=lambda name: int(records[name].removeprefix("data/")))
+    weights = {name: content.tensors[name] for name in names}
+    again = io.BytesIO()
+    try:
+        config = GPTConfig(**described["config"])
+        if config.n_layer > len(weights):
+            return False
+        _write(config, described, content.index["quantize"], weights, again)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # no model of ours has this configuration and these tensors
+    return again.getbuffer() == raw
 
 
 def _scripted_archive(
-    model: GPT, weights: Mapping[str, Tensor]
+    config: GPTConfig, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, bytes], dict[str, int]]:
     """Members of torch's own archive, without its top folder; of the tensors the sizes alone."""
-    module = Exported(model, weights).eval()
+    module = Exported(config, weights).eval()
     kept = [name for name, _ in module.named_buffers()]
     buffer = io.BytesIO()
     with warnings.catch_warnings():

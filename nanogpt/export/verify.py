@@ -102,10 +102,10 @@ class Eager:
 
 
 class Script:
-    """The archive through libtorch."""
+    """The archive through libtorch, which runs it: for what this process has just written."""
 
     def __init__(self, path: Path) -> None:
-        self.module = torchscript.load(str(path))
+        self.module = torchscript.load(path, trust=True)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.module(tokens[None])[0]
@@ -146,7 +146,7 @@ def compare(model: GPT, quantize: str, path: Path) -> tuple[list[Agreement], str
 
     Args:
         model: what was exported, on any device.
-        path: the archive.
+        path: the archive, just written by this process: its program is run.
     Returns: a row for each pair, and why the native engine was left out, or None.
     Raises: NanoGPTError where an engine cannot read the archive at all.
     """
