@@ -119,8 +119,8 @@ def load(
         model = Snapshot(content, tensors).to_model()
     except RuntimeError:
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
-    except InputError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    except InputError as error:  # of its tokenizer or its calibration
+        raise InputError(f"{path} cannot be used: {error}") from None
     if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
         raise InputError(f"{path} is damaged: its tokenizer does not fit its configuration")
     return model.to(device), model.tokenizer
@@ -130,7 +130,7 @@ def _problem_with(tensors: dict[str, torch.Tensor]) -> str | None:
     """What is no weight of ours, in words, or None."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name.isascii():
-            return f"it has a tensor called {str(name).encode('ascii', 'backslashreplace')[:40]!r}"
+            return f"it has a tensor called {ascii(name)[:40]}"
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or not tensor.is_floating_point():
             return f"{name[:80]} is not an array of floating point numbers"

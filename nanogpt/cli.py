@@ -305,9 +305,11 @@ def _is_single(value: Any) -> bool:
 
 def _named(value: Any) -> str:
     """A value of a file, in few words: what it holds may be without end."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if _is_single(value):
         return f"{value!r:.40}"
-    words = {list: "a list", dict: "a mapping", type(None): "nothing"}
+    words = {list: "a list", dict: "a mapping", bytes: "binary data", type(None): "nothing"}
     return words.get(type(value), "something else")
 
 

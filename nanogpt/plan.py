@@ -203,9 +203,11 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None
         if there != here:
             if name not in known:
                 return f"its {name.removesuffix(' (SHA-256)')} differs"
+            flag = f"its --{name.replace('_', '-')}"
+            if here is missing or here is None:
+                return f"{flag} is {there}, and here it is not set"
             there_text = "not set" if there is missing or there is None else there
-            here_text = "not set" if here is missing or here is None else here
-            return f"its --{name.replace('_', '-')} is {there_text}, not {here_text}"
+            return f"{flag} is {there_text}, not {here}"
     return None
 
 

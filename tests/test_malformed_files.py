@@ -293,7 +293,7 @@ MODELS = {
     "a .pth of another program": Kind(bare(lambda: {"model": {}, "iter_num": 3}), "?"),
     "a .pth of weights alone": Kind(bare(lambda: {"weight": torch.ones(2)}), "?"),
     "a .pth whose names are numbers": Kind(
-        bare(lambda: {1: torch.ones(2), metadata.KEY: torch.ones(2)}), "?"
+        pth(tensors=lambda weights: weights.update({1: torch.ones(2)}), seal=False), "?"
     ),
     "a .pth with other weights": Kind(pth(tensors=weights_changed, seal=False), "?"),
     "a .pth with a flipped letter in its metadata": Kind(
@@ -480,20 +480,23 @@ EXPORTS = {
     "an export with bytes after its end": Kind(export(lambda raw: raw + b"\0\0"), "?"),
     "an export with a flipped weight": Kind(export(flipped_weight), "?"),
     "an export with a flipped letter in its index": Kind(
-        export(lambda raw: flipped(raw, b'"n_embd":')), "?"
+        export(lambda raw: flipped(raw, b'\\\\a')), "?"
     ),
     "an export with the check sum of another": Kind(export(lambda raw: raw[:-8] + b"01234567"), "?"),
     "an export without its check sum": Kind(
         export(lambda raw: raw[:-24] + b"\0\0"), "?"
     ),
-    "an export without an index": Kind(zipped(lambda file: None), "?"),
+    "an export without an index": Kind(export(renamed(INDEX, "extra/other.json")), "?"),
     "an export with a compressed record": Kind(
         export(lambda raw: rewritten(raw, compressed="constants/0")), "?"
     ),
     "an export with records out of line": Kind(
         export(lambda raw: rewritten(raw, aligned=False)), "?"
     ),
-    "an export whose record is called ../../": Kind(zipped(climbing), "?"),
+    "an export whose index lies above its folder": Kind(zipped(climbing), "?"),
+    "an export whose record is called ../../": Kind(
+        export(renamed("constants/0", "../../constants/0")), "?"
+    ),
     "an export with two records of one name": Kind(zipped(one_name_for_two), "?"),
     "an export with two records in one place": Kind(zipped(one_place_for_two), "?"),
     "an export with a gap between records": Kind(zipped(a_gap), "?"),
@@ -696,7 +699,6 @@ TEXTS = {
     "a text of a byte order mark alone": Kind(text(b"\xef\xbb\xbf"), "?"),
     "a text that is not UTF-8": Kind(text(NOT_UTF8), "?"),
     "a text that ends within a character": Kind(text("a text, é".encode()[:-1]), "?"),
-    "a text that is too short": Kind(text("ab"), "?"),
     "a folder without texts": Kind(folder_without_text, "?"),
     "a text that is no gzip": Kind(gzip_damage(lambda raw: b"hello"), "?"),
     "a gzip that is cut short": Kind(gzip_damage(lambda raw: raw[:-20]), "?"),
@@ -704,6 +706,8 @@ TEXTS = {
     "a gzip with another block": Kind(gzip_damage(lambda raw: raw[:10] + b"\xff" + raw[11:]), "?"),
     "an empty file called .gz": Kind(gzip_damage(lambda raw: b""), "?"),
 }
+
+SHORT_TEXTS = {"a text that is too short": Kind(text("ab"), "?")}
 
 PROMPTS = {
     "a prompt that is missing": Kind(absent("p.txt"), "?"),
@@ -928,6 +932,7 @@ TABLE_OF: list[tuple[Reader, dict[str, Kind]]] = [
     (OF_CONFIGURATIONS, CONFIGURATIONS),
     (OF_TERMS, TERMS),
     (OF_TEXTS, TEXTS),
+    (dataclasses.replace(OF_TEXTS, function=None), SHORT_TEXTS),
     (OF_PROMPTS, PROMPTS),
 ]
 KINDS = {name: (reader, kind) for reader, kinds in TABLE_OF for name, kind in kinds.items()}
