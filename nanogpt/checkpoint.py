@@ -121,9 +121,18 @@ def load(
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
     except InputError as error:  # of its tokenizer or its calibration
         raise InputError(f"{path} cannot be used: {error}") from None
-    if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
-        raise InputError(f"{path} is damaged: its tokenizer does not fit its configuration")
+    if model.tokenizer is not None:
+        check_vocabulary(path, model.tokenizer, config.vocab_size)
     return model.to(device), model.tokenizer
+
+
+def check_vocabulary(path: str | os.PathLike[str], tokenizer: Tokenizer, size: int) -> None:
+    """Raises: InputError where a model file has another number of tokens than its tokenizer."""
+    if tokenizer.vocab_size != size:
+        raise InputError(
+            f"{path} is damaged: its tokenizer has {tokenizer.vocab_size:,} tokens, its weights "
+            f"have {size:,}"
+        )
 
 
 def _problem_with(tensors: dict[str, torch.Tensor]) -> str | None:

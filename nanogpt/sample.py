@@ -391,9 +391,11 @@ def _why_not_native(config: SampleConfig, device: torch.device, exported: bool) 
 def _tokenizer_of(engine: "Engine", path: str) -> Tokenizer:
     if not engine.tokenizer_json:
         raise InputError(f"{path} holds no tokenizer, so it cannot write text")
-    tokenizer = tokenizer_from_dict(json.loads(engine.tokenizer_json))
-    if tokenizer.vocab_size != engine.config["vocab_size"]:
-        raise InputError(f"{path} is damaged: its tokenizer does not fit its configuration")
+    try:
+        tokenizer = tokenizer_from_dict(json.loads(engine.tokenizer_json))
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+    checkpoint.check_vocabulary(path, tokenizer, engine.config["vocab_size"])
     return tokenizer
 
 

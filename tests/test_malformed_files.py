@@ -280,120 +280,251 @@ def damaged_pth(change: Callable[[bytes], bytes]) -> Make:
 
 
 MODELS = {
-    "a model that is missing": Kind(absent("m.pth"), "?"),
-    "a model that is empty": Kind(written("m.pth", ""), "?"),
-    "a folder in place of a model": Kind(folder_named("m.pth"), "?"),
-    "a link that leads to itself": Kind(loop("m.pth"), "?"),
-    "a pipe in place of a model": Kind(pipe("m.pth"), "?"),
-    "a model with an unknown ending": Kind(written("m.onnx", "x"), "?"),
-    "a text called .pth": Kind(written("m.pth", "hello"), "?"),
-    "a .pth cut short": Kind(damaged_pth(lambda raw: raw[: len(raw) // 2]), "?"),
-    "a .pth with code in its pickle": Kind(bare(lambda: {"x": os.system}), "?"),
-    "a .pth that is one tensor": Kind(bare(lambda: torch.ones(2)), "?"),
-    "a .pth of another program": Kind(bare(lambda: {"model": {}, "iter_num": 3}), "?"),
-    "a .pth of weights alone": Kind(bare(lambda: {"weight": torch.ones(2)}), "?"),
-    "a .pth whose names are numbers": Kind(
-        pth(tensors=lambda weights: weights.update({1: torch.ones(2)}), seal=False), "?"
+    "a model that is missing": Kind(absent("m.pth"), "there is no model file {path}"),
+    "a model that is empty": Kind(written("m.pth", ""), "the model file {path} is empty"),
+    "a folder in place of a model": Kind(folder_named("m.pth"), "{path} is not a file"),
+    "a link that leads to itself": Kind(loop("m.pth"), "there is no model file {path}"),
+    "a pipe in place of a model": Kind(pipe("m.pth"), "{path} is not a file"),
+    "a model with an unknown ending": Kind(
+        written("m.onnx", "x"), "{path} is not a model file: its name ends in .pth or .safetensors"
     ),
-    "a .pth with other weights": Kind(pth(tensors=weights_changed, seal=False), "?"),
+    "a text called .pth": Kind(
+        written("m.pth", "hello"), "{path} cannot be read: it is damaged or not a file of tensors"
+    ),
+    "a .pth cut short": Kind(
+        damaged_pth(lambda raw: raw[: len(raw) // 2]),
+        "{path} cannot be read: it is damaged or not a file of tensors",
+    ),
+    "a .pth with code in its pickle": Kind(
+        bare(lambda: {"x": os.system}),
+        "{path} cannot be read: it is damaged or not a file of tensors",
+    ),
+    "a .pth that is one tensor": Kind(
+        bare(lambda: torch.ones(2)),
+        "{path} is not a model file of nanogpt: it holds more than weights",
+    ),
+    "a .pth of another program": Kind(
+        bare(lambda: {"model": {}, "iter_num": 3}),
+        "{path} is not a model file of nanogpt: it holds more than weights",
+    ),
+    "a .pth of weights alone": Kind(
+        bare(lambda: {"weight": torch.ones(2)}),
+        "{path} holds weights without a configuration: make the GPT yourself and call "
+        "load_state_dict",
+    ),
+    "a .pth whose names are numbers": Kind(
+        pth(tensors=lambda weights: weights.update({1: torch.ones(2)}), seal=False),
+        "{path} is damaged: it has a tensor called 1",
+    ),
+    "a .pth with other weights": Kind(
+        pth(tensors=weights_changed, seal=False),
+        "{path} is damaged: its weights do not match its SHA-256",
+    ),
     "a .pth with a flipped letter in its metadata": Kind(
-        damaged_pth(lambda raw: flipped(raw, b'"n_embd":')), "?"
+        damaged_pth(lambda raw: flipped(raw, b'"n_embd":')),
+        "{path} is damaged: its metadata does not match its SHA-256",
     ),
     "a .pth with metadata of two dimensions": Kind(
-        bare(lambda: {WTE: torch.ones(2), metadata.KEY: torch.ones(2, 2)}), "?"
+        bare(lambda: {WTE: torch.ones(2), metadata.KEY: torch.ones(2, 2)}),
+        "{path} is damaged: the metadata is not a one-dimensional tensor",
     ),
-    "a .pth with metadata that are no JSON": Kind(pth(text=b"{1"), "?"),
-    "a .pth with metadata that are a list": Kind(pth(text=b"[]"), "?"),
-    "a .pth with metadata nested too deep": Kind(pth(text=DEEP), "?"),
+    "a .pth with metadata that are no JSON": Kind(
+        pth(text=b"{1"), "{path} is damaged: the metadata is not JSON"
+    ),
+    "a .pth with metadata that are a list": Kind(
+        pth(text=b"[]"), "{path} is damaged: the metadata is not a JSON object"
+    ),
+    "a .pth with metadata nested too deep": Kind(
+        pth(text=DEEP), "{path} is damaged: the metadata is nested deeper than 64 levels"
+    ),
     "a .pth with metadata nested somewhat too deep": Kind(
-        pth(put("calibration", to=functools.reduce(lambda a, _: {"a": a}, range(64), {}))), "?"
+        pth(put("calibration", to=functools.reduce(lambda a, _: {"a": a}, range(64), {}))),
+        "{path} is damaged: the metadata is nested deeper than 64 levels",
     ),
-    "a .pth without a tensor": Kind(pth(tensors=drop(NORM)), "?"),
-    "a .pth with a tensor more": Kind(pth(tensors=put("more", to=torch.ones(3))), "?"),
+    "a .pth without a tensor": Kind(
+        pth(tensors=drop(NORM)), "{path} is damaged: its weights do not fit its configuration"
+    ),
+    "a .pth with a tensor more": Kind(
+        pth(tensors=put("more", to=torch.ones(3))),
+        "{path} is damaged: its weights do not fit its configuration",
+    ),
     "a .pth with a tensor of another name": Kind(
-        pth(tensors=lambda w: w.update({"other": w.pop(NORM)})), "?"
+        pth(tensors=lambda w: w.update({"other": w.pop(NORM)})),
+        "{path} is damaged: its weights do not fit its configuration",
     ),
-    "a .pth with a turned tensor": Kind(pth(tensors=lambda w: w.update({WTE: w[WTE].T})), "?"),
-    "a .pth of whole numbers": Kind(pth(tensors=lambda w: w.update({WTE: w[WTE].long()})), "?"),
+    "a .pth with a turned tensor": Kind(
+        pth(tensors=lambda w: w.update({WTE: w[WTE].T})),
+        "{path} cannot be read: it is damaged or not a file of tensors",
+    ),
+    "a .pth of whole numbers": Kind(
+        pth(tensors=lambda w: w.update({WTE: w[WTE].long()})),
+        "{path} is damaged: transformer.wte.weight is not an array of floating point numbers",
+    ),
     "a .pth with a tensor of a name in other letters": Kind(
-        pth(tensors=put("naïve", to=torch.ones(3))), "?"
+        pth(tensors=put("naïve", to=torch.ones(3))),
+        "{path} is damaged: it has a tensor called 'na\\xefve'",
     ),
-    "a .pth with a sparse tensor": Kind(pth(tensors=sparse, seal=False), "?"),
-    "a configuration of a billion layers": Kind(pth(put("config", "n_layer", to=10**9)), "?"),
+    "a .pth with a sparse tensor": Kind(
+        pth(tensors=sparse, seal=False),
+        "{path} cannot be read: it is damaged or not a file of tensors",
+    ),
+    "a configuration of a billion layers": Kind(
+        pth(put("config", "n_layer", to=10**9)),
+        "{path} is damaged: its weights do not fit its configuration",
+    ),
     "a configuration with heads that do not divide": Kind(
-        pth(put("config", "n_head", to=3)), "?"
+        pth(put("config", "n_head", to=3)),
+        "{path} has no usable configuration: n_embd (8) is not a multiple of n_head (3): "
+        "every head needs the same whole width",
     ),
-    "a configuration that is a list": Kind(pth(put("config", to=[])), "?"),
-    "a configuration of a megabyte": Kind(pth(put("config", "n_embd", to="x" * 10**6)), "?"),
-    "a configuration with an unknown field": Kind(pth(put("config", "surprise", to=1)), "?"),
-    "a configuration with a fraction": Kind(pth(put("config", "n_embd", to=8.5)), "?"),
-    "a configuration with a text for a number": Kind(pth(put("config", "dropout", to="x")), "?"),
-    "a configuration with a text for yes or no": Kind(pth(put("config", "bias", to="yes")), "?"),
-    "a configuration that is null": Kind(pth(put("config", to=None)), "?"),
-    "a configuration that is missing": Kind(pth(drop("config")), "?"),
-    "a calibration of zero": Kind(pth(put("calibration_temperature", to=0)), "?"),
-    "a calibration that is a text": Kind(pth(put("calibration", to="cold")), "?"),
-    "a tokenizer of an unknown kind": Kind(pth(put("tokenizer", to={"kind": "morse"})), "?"),
-    "a tokenizer that is a number": Kind(pth(put("tokenizer", to=7)), "?"),
+    "a configuration that is a list": Kind(
+        pth(put("config", to=[])), "{path} has no usable configuration: it is not a JSON object"
+    ),
+    "a configuration of a megabyte": Kind(
+        pth(put("config", "n_embd", to="x" * 10**6)),
+        "{path} has no usable configuration: n_embd must be a positive whole number, not "
+        "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    ),
+    "a configuration with an unknown field": Kind(
+        pth(put("config", "surprise", to=1)),
+        "{path} has no usable configuration: 'surprise' is not known",
+    ),
+    "a configuration with a fraction": Kind(
+        pth(put("config", "n_embd", to=8.5)),
+        "{path} has no usable configuration: n_embd must be a positive whole number, not 8.5",
+    ),
+    "a configuration with a text for a number": Kind(
+        pth(put("config", "dropout", to="x")),
+        "{path} has no usable configuration: dropout must be at least 0 and below 1, not 'x'",
+    ),
+    "a configuration with a text for yes or no": Kind(
+        pth(put("config", "bias", to="yes")),
+        "{path} has no usable configuration: bias must be true or false, not 'yes'",
+    ),
+    "a configuration that is null": Kind(
+        pth(put("config", to=None)), "{path} has no usable configuration: it is not a JSON object"
+    ),
+    "a configuration that is missing": Kind(
+        pth(drop("config")), "{path} has no usable configuration: there is none"
+    ),
+    "a calibration of zero": Kind(
+        pth(put("calibration_temperature", to=0)),
+        "{path} cannot be used: the calibration temperature 0 is not above 0",
+    ),
+    "a calibration that is a text": Kind(
+        pth(put("calibration", to="cold")),
+        "{path} cannot be used: the record of the calibration is damaged",
+    ),
+    "a tokenizer of an unknown kind": Kind(
+        pth(put("tokenizer", to={"kind": "morse"})),
+        "{path} cannot be used: the tokenizer's description is damaged or of an unknown kind",
+    ),
+    "a tokenizer that is a number": Kind(
+        pth(put("tokenizer", to=7)),
+        "{path} cannot be used: the tokenizer's description is damaged or of an unknown kind",
+    ),
     "a tokenizer with a character twice": Kind(
-        pth(put("tokenizer", "characters", to="abca")), "?"
+        pth(put("tokenizer", "characters", to="abca")),
+        "{path} cannot be used: a character vocabulary needs characters, each of them once",
     ),
     "a tokenizer with half a character": Kind(
-        pth(put("tokenizer", "characters", to="abc\ud800")), "?"
+        pth(put("tokenizer", "characters", to="abc\ud800")),
+        "{path} cannot be used: U+D800 is half of a character and cannot be in a text",
     ),
-    "a tokenizer of another size": Kind(pth(put("tokenizer", "characters", to="ab")), "?"),
+    "a tokenizer of another size": Kind(
+        pth(put("tokenizer", "characters", to="ab")),
+        "{path} is damaged: its tokenizer has 3 tokens, its weights have 5",
+    ),
     "a tokenizer whose merges name unknown tokens": Kind(
-        pth(put("tokenizer", to=bpe(put("model", "merges", to=[["zz", "qq"]])))), "?"
+        pth(put("tokenizer", to=bpe(put("model", "merges", to=[["zz", "qq"]])))),
+        "{path} cannot be used: the bpe tokenizer is damaged: its parts are unknown or "
+        "do not fit together",
     ),
     "a tokenizer without its last token": Kind(
-        pth(put("tokenizer", to=bpe(put("added_tokens", to=[])))), "?"
+        pth(put("tokenizer", to=bpe(put("added_tokens", to=[])))),
+        "{path} cannot be used: the bpe tokenizer is damaged: its last token is not <|endoftext|>",
     ),
     "a tokenizer whose parts are of no known type": Kind(
-        pth(put("tokenizer", to=bpe(put("model", to={"type": "Morse"})))), "?"
+        pth(put("tokenizer", to=bpe(put("model", to={"type": "Morse"})))),
+        "{path} cannot be used: the bpe tokenizer is damaged: its parts are unknown or "
+        "do not fit together",
     ),
     "a tokenizer of records without fields": Kind(
-        pth(put("tokenizer", to={"kind": "record", "fields": 3})), "?"
+        pth(put("tokenizer", to={"kind": "record", "fields": 3})),
+        "{path} cannot be used: the record tokenizer is damaged",
     ),
     "a tokenizer of records with a value that is a number": Kind(
-        pth(put("tokenizer", to={"kind": "record", "fields": [["a", [1]]]})), "?"
+        pth(put("tokenizer", to={"kind": "record", "fields": [["a", [1]]]})),
+        "{path} cannot be used: the record tokenizer is damaged",
     ),
-    "a text called .safetensors": Kind(written("m.safetensors", "hello"), "?"),
-    "a .safetensors file cut short": Kind(safe(raw=lambda raw: raw[:-1]), "?"),
-    "a .safetensors file with bytes after its end": Kind(safe(raw=lambda raw: raw + b"\0"), "?"),
+    "a text called .safetensors": Kind(
+        written("m.safetensors", "hello"), "{path} cannot be read: it is damaged or not safetensors"
+    ),
+    "a .safetensors file cut short": Kind(
+        safe(raw=lambda raw: raw[:-1]), "{path} cannot be read: it is damaged or not safetensors"
+    ),
+    "a .safetensors file with bytes after its end": Kind(
+        safe(raw=lambda raw: raw + b"\0"), "{path} cannot be read: it is damaged or not safetensors"
+    ),
     "a .safetensors file with a huge header": Kind(
-        safe(raw=lambda raw: struct.pack("<Q", 2**63) + raw[8:]), "?"
+        safe(raw=lambda raw: struct.pack("<Q", 2**63) + raw[8:]),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
     "a .safetensors file with a header of no length": Kind(
-        safe(raw=lambda raw: bytes(8) + raw[8:]), "?"
+        safe(raw=lambda raw: bytes(8) + raw[8:]),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
     "a .safetensors file with a deep header": Kind(
-        written("m.safetensors", struct.pack("<Q", len(DEEP)) + DEEP), "?"
+        written("m.safetensors", struct.pack("<Q", len(DEEP)) + DEEP),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
-    "a .safetensors file of another program": Kind(safe(header=drop("__metadata__")), "?"),
-    "a .safetensors file with other weights": Kind(safe(tensors=weights_changed, seal=False), "?"),
+    "a .safetensors file of another program": Kind(
+        safe(header=drop("__metadata__")),
+        "{path} is not a model file of nanogpt: it has no configuration",
+    ),
+    "a .safetensors file with other weights": Kind(
+        safe(tensors=weights_changed, seal=False),
+        "{path} is damaged: its weights do not match its SHA-256",
+    ),
     "a .safetensors file with a flipped letter in its metadata": Kind(
-        safe(raw=lambda raw: flipped(raw, b'\\"n_embd\\":')), "?"
+        safe(raw=lambda raw: flipped(raw, b'\\"n_embd\\":')),
+        "{path} is damaged: its metadata does not match its SHA-256",
     ),
     "a .safetensors file with deep metadata": Kind(
-        safe(header=put("__metadata__", "nanogpt", to=DEEP.decode())), "?"
+        safe(header=put("__metadata__", "nanogpt", to=DEEP.decode())),
+        "{path} is damaged: the metadata is nested deeper than 64 levels",
     ),
     "a .safetensors file with metadata that are a list": Kind(
-        safe(header=put("__metadata__", "nanogpt", to="[]")), "?"
+        safe(header=put("__metadata__", "nanogpt", to="[]")),
+        "{path} is damaged: the metadata is not a JSON object",
     ),
     "a .safetensors file with a number for metadata": Kind(
-        safe(header=put("__metadata__", "nanogpt", to=3)), "?"
+        safe(header=put("__metadata__", "nanogpt", to=3)),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
     "a .safetensors file with a tensor twice": Kind(
-        safe(text=lambda text: text.replace("h.0.ln_1.bias", "h.0.ln_2.bias")), "?"
+        safe(text=lambda text: text.replace("h.0.ln_1.bias", "h.0.ln_2.bias")),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
     "a .safetensors file with a shape that overflows": Kind(
-        safe(header=put(WTE, "shape", to=[2**62, 2**62])), "?"
+        safe(header=put(WTE, "shape", to=[2**62, 2**62])),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
-    "a .safetensors file with a turned shape": Kind(safe(header=put(WTE, "shape", to=[8, 5])), "?"),
-    "a .safetensors file with another type": Kind(safe(header=put(WTE, "dtype", to="I32")), "?"),
-    "a .safetensors file with an unknown type": Kind(safe(header=put(WTE, "dtype", to="Q4")), "?"),
+    "a .safetensors file with a turned shape": Kind(
+        safe(header=put(WTE, "shape", to=[8, 5])),
+        "{path} is damaged: its weights do not match its SHA-256",
+    ),
+    "a .safetensors file with another type": Kind(
+        safe(header=put(WTE, "dtype", to="I32")),
+        "{path} is damaged: transformer.wte.weight is not an array of floating point numbers",
+    ),
+    "a .safetensors file with an unknown type": Kind(
+        safe(header=put(WTE, "dtype", to="Q4")),
+        "{path} cannot be read: it is damaged or not safetensors",
+    ),
     "a .safetensors file with offsets outside": Kind(
-        safe(header=put(WTE, "data_offsets", to=[0, 2**40])), "?"
+        safe(header=put(WTE, "data_offsets", to=[0, 2**40])),
+        "{path} cannot be read: it is damaged or not safetensors",
     ),
 }
 
@@ -468,43 +599,88 @@ def flipped_weight(raw: bytes) -> bytes:
 
 
 EXPORTS = {
-    "an export that is missing": Kind(absent("m.pt"), "?"),
-    "an export that is empty": Kind(written("m.pt", ""), "?"),
-    "a folder in place of an export": Kind(folder_named("m.pt"), "?"),
-    "a text called .pt": Kind(written("m.pt", "hello"), "?"),
+    "an export that is missing": Kind(absent("m.pt"), "there is no model file {path}"),
+    "an export that is empty": Kind(written("m.pt", ""), "the model file {path} is empty"),
+    "a folder in place of an export": Kind(folder_named("m.pt"), "{path} is not a file"),
+    "a text called .pt": Kind(
+        written("m.pt", "hello"),
+        "{path} is not a model file: neither an archive of nanogpt export nor .safetensors",
+    ),
     "a checkpoint of torch called .pt": Kind(
-        made("m.pt", lambda: pth_bytes({"model": {}, "iter_num": 3})), "?"
+        made("m.pt", lambda: pth_bytes({"model": {}, "iter_num": 3})),
+        "{path} is an ordinary TorchScript file or state dict, not one of nanogpt "
+        "export: it has no extra/nanogpt.json",
     ),
-    "an export cut in half": Kind(export(lambda raw: raw[: len(raw) // 2]), "?"),
-    "an export cut by a byte": Kind(export(lambda raw: raw[:-1]), "?"),
-    "an export with bytes after its end": Kind(export(lambda raw: raw + b"\0\0"), "?"),
-    "an export with a flipped weight": Kind(export(flipped_weight), "?"),
+    "an export cut in half": Kind(
+        export(lambda raw: raw[: len(raw) // 2]),
+        "{path} is damaged: it does not end as an archive does, so it may be cut short",
+    ),
+    "an export cut by a byte": Kind(
+        export(lambda raw: raw[:-1]),
+        "{path} is damaged: it does not end as an archive does, so it may be cut short",
+    ),
+    "an export with bytes after its end": Kind(
+        export(lambda raw: raw + b"\0\0"),
+        "{path} is damaged: it does not end as an archive does, so it may be cut short",
+    ),
+    "an export with a flipped weight": Kind(
+        export(flipped_weight),
+        "{path} is damaged: its record 'constants/0' (transformer.wte.weight) does not "
+        "match its check sum",
+    ),
     "an export with a flipped letter in its index": Kind(
-        export(lambda raw: flipped(raw, b'\\\\a')), "?"
+        export(lambda raw: flipped(raw, b"\\\\a")),
+        "{path} is damaged: what it says about its tensors does not match its check sum",
     ),
-    "an export with the check sum of another": Kind(export(lambda raw: raw[:-8] + b"01234567"), "?"),
+    "an export with the check sum of another": Kind(
+        export(lambda raw: raw[:-8] + b"01234567"),
+        "{path} is damaged: what it says about its tensors does not match its check sum",
+    ),
     "an export without its check sum": Kind(
-        export(lambda raw: raw[:-24] + b"\0\0"), "?"
+        export(lambda raw: raw[:-24] + b"\0\0"),
+        "{path} is damaged: it does not end with its check sum",
     ),
-    "an export without an index": Kind(export(renamed(INDEX, "extra/other.json")), "?"),
+    "an export without an index": Kind(
+        export(renamed(INDEX, "extra/other.json")),
+        "{path} is an ordinary TorchScript file or state dict, not one of nanogpt "
+        "export: it has no extra/nanogpt.json",
+    ),
     "an export with a compressed record": Kind(
-        export(lambda raw: rewritten(raw, compressed="constants/0")), "?"
+        export(lambda raw: rewritten(raw, compressed="constants/0")),
+        "{path} is damaged: its record 'constants/0' is compressed, but a tensor's must not be",
     ),
     "an export with records out of line": Kind(
-        export(lambda raw: rewritten(raw, aligned=False)), "?"
+        export(lambda raw: rewritten(raw, aligned=False)),
+        "{path} is damaged: its record 'constants/3' is not aligned to 64 bytes",
     ),
-    "an export whose index lies above its folder": Kind(zipped(climbing), "?"),
+    "an export whose index lies above its folder": Kind(
+        zipped(climbing),
+        "{path} is damaged: its record 'archive/data.pkl' lies outside of the archive's folder",
+    ),
     "an export whose record is called ../../": Kind(
-        export(renamed("constants/0", "../../constants/0")), "?"
+        export(renamed("constants/0", "../../constants/0")),
+        "{path} is damaged: its tensor 'transformer.wte.weight' is missing: there is no "
+        "record 'constants/0'",
     ),
-    "an export with two records of one name": Kind(zipped(one_name_for_two), "?"),
-    "an export with two records in one place": Kind(zipped(one_place_for_two), "?"),
-    "an export with a gap between records": Kind(zipped(a_gap), "?"),
+    "an export with two records of one name": Kind(
+        zipped(one_name_for_two),
+        "{path} is damaged: its record 'archive/constants/3' is there twice",
+    ),
+    "an export with two records in one place": Kind(
+        zipped(one_place_for_two),
+        "{path} is damaged: its record 'archive/constants/4' overlaps another or leaves a gap",
+    ),
+    "an export with a gap between records": Kind(
+        zipped(a_gap),
+        "{path} is damaged: its record 'archive/constants/4' overlaps another or leaves a gap",
+    ),
     "an export with another 64-bit record": Kind(
-        zipped(lambda file: file.put(file.end64, "4s", b"PK\6\5")), "?"
+        zipped(lambda file: file.put(file.end64, "4s", b"PK\6\5")),
+        "{path} is damaged: its 64-bit end record is not where it has to be",
     ),
     "an export with a count of entries that is huge": Kind(
-        zipped(lambda file: file.put(file.end64 + 24, "2Q", 2**40, 2**40)), "?"
+        zipped(lambda file: file.put(file.end64 + 24, "2Q", 2**40, 2**40)),
+        "{path} is damaged: its end record does not agree with the 64-bit one",
     ),
     "an export with an encrypted record": Kind(
         zipped(
@@ -513,26 +689,50 @@ EXPORTS = {
                 file.put(file.local[INDEX] + 6, "H", 0x0809),
             )
         ),
-        "?",
+        "{path} is damaged: its record 'archive/extra/nanogpt.json' has flags that torch "
+        "does not set",
     ),
-    "an index that is a list": Kind(indexed(lambda index: b"[]"), "?"),
-    "an index nested too deep": Kind(indexed(lambda index: DEEP), "?"),
-    "an index of another format": Kind(indexed(put("format", to="nanogpt-torchscript-2")), "?"),
-    "an index without a configuration": Kind(indexed(drop("config")), "?"),
-    "an index with a billion layers": Kind(indexed(put("config", "n_layer", to=10**9)), "?"),
-    "an index with heads that do not divide": Kind(indexed(put("config", "n_head", to=3)), "?"),
-    "an index without a tensor": Kind(indexed(drop("tensors", WTE)), "?"),
+    "an index that is a list": Kind(
+        indexed(lambda index: b"[]"),
+        "{path} is damaged: its extra/nanogpt.json is not JSON at its byte 0",
+    ),
+    "an index nested too deep": Kind(
+        indexed(lambda index: DEEP),
+        "{path} is damaged: its extra/nanogpt.json is nested deeper than 64 levels",
+    ),
+    "an index of another format": Kind(
+        indexed(put("format", to="nanogpt-torchscript-2")),
+        "{path} has the format 'nanogpt-torchscript-2', but this version reads "
+        "'nanogpt-torchscript-1'",
+    ),
+    "an index without a configuration": Kind(
+        indexed(drop("config")), "{path} is damaged: its extra/nanogpt.json lacks 'config'"
+    ),
+    "an index with a billion layers": Kind(
+        indexed(put("config", "n_layer", to=10**9)),
+        "{path} is damaged: n_layer is 1000000000, outside of 1 to 4096",
+    ),
+    "an index with heads that do not divide": Kind(
+        indexed(put("config", "n_head", to=3)),
+        "{path} is damaged: n_embd (4) is not a multiple of n_head (3)",
+    ),
+    "an index without a tensor": Kind(
+        indexed(drop("tensors", WTE)),
+        "{path} is damaged: the tensor transformer.wte.weight is missing",
+    ),
     "an index that names a record which is missing": Kind(
-        indexed(put("tensors", WTE, "record", to="constants/999")), "?"
+        indexed(put("tensors", WTE, "record", to="constants/999")),
+        "{path} is damaged: its tensor 'transformer.wte.weight' is missing: there is no "
+        "record 'constants/999'",
     ),
     "an index with a shape that does not fit": Kind(
-        indexed(put("tensors", WTE, "shape", to=[4, 5])), "?"
+        indexed(put("tensors", WTE, "shape", to=[4, 5])),
+        "{path} is damaged: the tensor transformer.wte.weight has the shape (4, 5) "
+        "instead of (5, 4)",
     ),
     "an index with a type that is unknown": Kind(
-        indexed(put("tensors", WTE, "dtype", to="float8")), "?"
-    ),
-    "an index with a calibration of zero": Kind(
-        indexed(put("calibration_temperature", to=0)), "?"
+        indexed(put("tensors", WTE, "dtype", to="float8")),
+        "{path} is damaged: its tensor 'transformer.wte.weight' has the unknown dtype 'float8'",
     ),
 }
 
@@ -545,37 +745,91 @@ def rewards(content: str | bytes, name: str = "r.txt") -> Make:
 
 
 REWARDS = {
-    "rewards that are missing": Kind(absent("r.txt"), "?"),
-    "a folder in place of rewards": Kind(folder_named("r.txt"), "?"),
-    "rewards that are empty": Kind(rewards(""), "?"),
-    "rewards of blank lines": Kind(rewards("\n \n\n"), "?"),
-    "a reward without a bar": Kind(rewards("one|1\ntwo\nthree\n"), "?"),
-    "a reward that is a word": Kind(rewards("one|1\ntwo|good\n"), "?"),
-    "a reward that is missing": Kind(rewards("one|1\ntwo|\n"), "?"),
-    "a reward that is nan": Kind(rewards("one|1\ntwo|nan\n"), "?"),
-    "a reward that is infinite": Kind(rewards("one|1\ntwo|-inf\n"), "?"),
-    "a reward that is too large": Kind(rewards("one|1\ntwo|1e999\n"), "?"),
-    "a reward of no text": Kind(rewards("one|1\n|2\n"), "?"),
-    "rewards that are not UTF-8": Kind(rewards(b"one|1\n" + NOT_UTF8), "?"),
-    "rewards in UTF-16": Kind(rewards("one|1\n".encode("utf-16")), "?"),
-    "a line that is not JSON": Kind(rewards('{"text": "a", "reward": 1}\n{"text"\n', "r.jsonl"), "?"),
-    "a line that is a number": Kind(rewards("3\n", "r.jsonl"), "?"),
-    "a line nested too deep": Kind(rewards(DEEP, "r.jsonl"), "?"),
-    "a line without a reward": Kind(rewards('{"text": "a"}\n', "r.jsonl"), "?"),
-    "a line whose reward is a text": Kind(rewards('{"text": "a", "reward": "1"}\n', "r.jsonl"), "?"),
-    "a line whose reward is NaN": Kind(rewards('{"text": "a", "reward": NaN}\n', "r.jsonl"), "?"),
-    "a line whose text is a number": Kind(rewards('{"text": 1, "reward": 1}\n', "r.jsonl"), "?"),
+    "rewards that are missing": Kind(absent("r.txt"), "there is no file {path}"),
+    "a folder in place of rewards": Kind(
+        folder_named("r.txt"), "cannot read {path}: Is a directory"
+    ),
+    "rewards that are empty": Kind(rewards(""), "{path} is empty: it holds no rewarded text"),
+    "rewards of blank lines": Kind(
+        rewards("\n \n\n"), "{path} is empty: it holds no rewarded text"
+    ),
+    "a reward without a bar": Kind(
+        rewards("one|1\ntwo\nthree\n"),
+        "{path}, line 2: there is no | before the reward: write text|reward (2 bad lines in all)",
+    ),
+    "a reward that is a word": Kind(
+        rewards("one|1\ntwo|good\n"), "{path}, line 2: the reward 'good' is not a number"
+    ),
+    "a reward that is missing": Kind(
+        rewards("one|1\ntwo|\n"), "{path}, line 2: the reward '' is not a number"
+    ),
+    "a reward that is nan": Kind(
+        rewards("one|1\ntwo|nan\n"), "{path}, line 2: the reward must be finite, not nan"
+    ),
+    "a reward that is infinite": Kind(
+        rewards("one|1\ntwo|-inf\n"), "{path}, line 2: the reward must be finite, not -inf"
+    ),
+    "a reward that is too large": Kind(
+        rewards("one|1\ntwo|1e999\n"), "{path}, line 2: the reward must be finite, not 1e999"
+    ),
+    "a reward of no text": Kind(rewards("one|1\n|2\n"), "{path}, line 2: the text is empty"),
+    "rewards that are not UTF-8": Kind(
+        rewards(b"one|1\n" + NOT_UTF8), "{path}, line 2: this is not UTF-8 text"
+    ),
+    "rewards in UTF-16": Kind(
+        rewards("one|1\n".encode("utf-16")), "{path}, line 1: this is not UTF-8 text"
+    ),
+    "a line that is not JSON": Kind(
+        rewards('{"text": "a", "reward": 1}\n{"text"\n', "r.jsonl"),
+        "{path}, line 2: this is not JSON: Expecting ':' delimiter",
+    ),
+    "a line that is a number": Kind(
+        rewards("3\n", "r.jsonl"), "{path}, line 1: a JSON object is wanted, with text and reward"
+    ),
+    "a line nested too deep": Kind(
+        rewards(DEEP, "r.jsonl"), "{path}, line 1: this is not JSON: too large or too deep"
+    ),
+    "a line without a reward": Kind(
+        rewards('{"text": "a"}\n', "r.jsonl"), '{path}, line 1: there is no "reward"'
+    ),
+    "a line whose reward is a text": Kind(
+        rewards('{"text": "a", "reward": "1"}\n', "r.jsonl"),
+        '{path}, line 1: "reward" must be a number, not "1"',
+    ),
+    "a line whose reward is NaN": Kind(
+        rewards('{"text": "a", "reward": NaN}\n', "r.jsonl"),
+        "{path}, line 1: the reward must be finite, not nan",
+    ),
+    "a line whose text is a number": Kind(
+        rewards('{"text": 1, "reward": 1}\n', "r.jsonl"),
+        "{path}, line 1: text must be a text, not 1",
+    ),
     "a line with a prompt and no completion": Kind(
-        rewards('{"prompt": "a", "reward": 1}\n', "r.jsonl"), "?"
+        rewards('{"prompt": "a", "reward": 1}\n', "r.jsonl"),
+        "{path}, line 1: there is neither text, nor prompt and completion",
     ),
     "a line with half a character": Kind(
-        rewards('{"text": "\\ud800", "reward": 1}\n', "r.jsonl"), "?"
+        rewards('{"text": "\\ud800", "reward": 1}\n', "r.jsonl"),
+        "{path}, line 1: text holds half of a surrogate pair, which is no character",
     ),
-    "a header without a reward": Kind(rewards("text,value\na,1\n", "r.csv"), "?"),
-    "a header with a column twice": Kind(rewards("text,reward,reward\na,1,2\n", "r.csv"), "?"),
-    "a row that is too long": Kind(rewards("text,reward\na,1\nb,2,3\n", "r.csv"), "?"),
-    "a quote in rewards that is never closed": Kind(rewards('text,reward\n"a,1\nb,2\n', "r.csv"), "?"),
-    "rewards of a header alone": Kind(rewards("text,reward\n", "r.csv"), "?"),
+    "a header without a reward": Kind(
+        rewards("text,value\na,1\n", "r.csv"), "{path}, line 1: there is no column reward"
+    ),
+    "a header with a column twice": Kind(
+        rewards("text,reward,reward\na,1,2\n", "r.csv"),
+        "{path}, line 1: the column 'reward' stands there twice",
+    ),
+    "a row that is too long": Kind(
+        rewards("text,reward\na,1\nb,2,3\n", "r.csv"),
+        "{path}, line 3: 3 columns, but the header has 2",
+    ),
+    "a quote in rewards that is never closed": Kind(
+        rewards('text,reward\n"a,1\nb,2\n', "r.csv"),
+        "{path}, line 2: this is not CSV: unexpected end of data",
+    ),
+    "rewards of a header alone": Kind(
+        rewards("text,reward\n", "r.csv"), "{path} is empty: it holds no rewarded text"
+    ),
 }
 
 
@@ -592,33 +846,85 @@ def rows(n: int) -> str:
 
 
 TABLES = {
-    "a table that is missing": Kind(absent("t.csv"), "?"),
-    "a folder in place of a table": Kind(folder_named("t.csv"), "?"),
-    "a table that is empty": Kind(table(""), "?"),
-    "a table of blank lines": Kind(table("\n\n  \n"), "?"),
-    "a table of a header alone": Kind(table("a,b\n"), "?"),
-    "a table with a name twice": Kind(table("a,b,a\n1,2,3\n"), "?"),
-    "a table with a ragged row": Kind(table("a,b\n1,2\n3\n4,5\n"), "?"),
-    "a table with a quote that is never closed": Kind(table('a,b\n1,"2\n3,4\n'), "?"),
-    "a table with a header that is never closed": Kind(table('"a,b\n1,2\n3,4\n'), "?"),
-    "a table that is not UTF-8": Kind(table(b"a,b\n1,2\n" + NOT_UTF8), "?"),
-    "a table with a zero byte": Kind(table(b"a,b\n1,\0002\n"), "?"),
-    "a table in half of UTF-16": Kind(table("a,b\n1,2\n".encode("utf-16")[:-1]), "?"),
-    "a table that is a workbook": Kind(table(b"PK\3\4" + bytes(30)), "?"),
-    "a table of too many fields": Kind(table(",".join(map(str, range(2001))) + "\n"), "?"),
-    "a table in a damaged gzip": Kind(
-        table(gzip.compress(rows(99).encode())[:-9], "t.csv.gz"), "?"
+    "a table that is missing": Kind(absent("t.csv"), "there is no file {path}"),
+    "a folder in place of a table": Kind(
+        folder_named("t.csv"), "{path} is a folder: name a file in it"
     ),
-    "a table of one row": Kind(table("a,b\n1,2\n"), "?"),
-    "a log with a broken line": Kind(table('{"a": 1}\n{"a": \n{"a": 2}\n', "t.jsonl"), "?"),
-    "a log of lines that are numbers": Kind(table("1\n2\n", "t.jsonl"), "?"),
-    "a log nested too deep": Kind(table(DEEP, "t.jsonl"), "?"),
-    "a log with a key twice": Kind(table('{"a": 1, "a": 2}\n', "t.jsonl"), "?"),
-    "an array that is cut short": Kind(table('[{"a": 1},\n{"a"', "t.json"), "?"),
-    "an array without a comma": Kind(table('[{"a": 1}\n{"a": 2}]', "t.json"), "?"),
-    "an array with more after it": Kind(table('[{"a": 1}]\n[]', "t.json"), "?"),
-    "an array of nothing": Kind(table("[]", "t.json"), "?"),
-    "an array nested too deep": Kind(table(b"[" + DEEP + b"]", "t.json"), "?"),
+    "a table that is empty": Kind(table(""), "{path} is empty: it has no records"),
+    "a table of blank lines": Kind(table("\n\n  \n"), "{path} is empty: it has no records"),
+    "a table of a header alone": Kind(table("a,b\n"), "{path} holds a header and no records"),
+    "a table with a name twice": Kind(
+        table("a,b,a\n1,2,3\n"), "{path}, line 1: two fields are called 'a': rename one of them"
+    ),
+    "a table with a ragged row": Kind(
+        table("a,b\n1,2\n3\n4,5\n"),
+        "{path}, line 3: 1 value where there are 2 fields (1 of 3 records are bad)",
+    ),
+    "a table with a quote that is never closed": Kind(
+        table('a,b\n1,"2\n3,4\n'),
+        "{path}, line 2: a quotation mark is opened in this record and not closed within 16 MB",
+    ),
+    "a table with a header that is never closed": Kind(
+        table('"a,b\n1,2\n3,4\n'),
+        "{path}, line 1: a quotation mark is opened in this record and not closed within 16 MB",
+    ),
+    "a table that is not UTF-8": Kind(
+        table(b"a,b\n1,2\n" + NOT_UTF8),
+        "{path}, line 3: this is not UTF-8 text; save the file as UTF-8",
+    ),
+    "a table with a zero byte": Kind(
+        table(b"a,b\n1,\0002\n"), "{path}, line 2: this is not text: it holds a zero byte"
+    ),
+    "a table in half of UTF-16": Kind(
+        table("a,b\n1,2\n".encode("utf-16")[:-1]),
+        "{path}, line 2: this is not UTF-16 text; save the file as UTF-8",
+    ),
+    "a table that is a workbook": Kind(
+        table(b"PK\3\4" + bytes(30)),
+        "{path} is an Excel workbook or a zip archive: export it as CSV (.csv) first",
+    ),
+    "a table of too many fields": Kind(
+        table(",".join(map(str, range(2001))) + "\n"),
+        "{path}, line 1: 2,001 fields are more than 2,000",
+    ),
+    "a table in a damaged gzip": Kind(
+        table(gzip.compress(rows(99).encode())[:-9], "t.csv.gz"), "{path} is a damaged gzip file"
+    ),
+    "a table of one row": Kind(
+        table("a,b\n1,2\n"), "{path} holds 1 records: 10 are the least to learn from"
+    ),
+    "a log with a broken line": Kind(
+        table('{"a": 1}\n{"a": \n{"a": 2}\n', "t.jsonl"),
+        "{path}, line 2: this is not JSON: Expecting value (1 of 3 records are bad)",
+    ),
+    "a log of lines that are numbers": Kind(
+        table("1\n2\n", "t.jsonl"),
+        "{path}, line 1: this is JSON, but not an object (2 of 2 records are bad)",
+    ),
+    "a log nested too deep": Kind(
+        table(DEEP, "t.jsonl"),
+        "{path}, line 1: this is not JSON: it is nested too deep (1 of 1 records are bad)",
+    ),
+    "a log with a key twice": Kind(
+        table('{"a": 1, "a": 2}\n', "t.jsonl"),
+        "{path}, line 1: the key 'a' stands twice in one object (1 of 1 records are bad)",
+    ),
+    "an array that is cut short": Kind(
+        table('[{"a": 1},\n{"a"', "t.json"),
+        "{path}, line 2: this is not JSON: Expecting ':' delimiter",
+    ),
+    "an array without a comma": Kind(
+        table('[{"a": 1}\n{"a": 2}]', "t.json"),
+        "{path}, line 2: a comma or ] is wanted in the array",
+    ),
+    "an array with more after it": Kind(
+        table('[{"a": 1}]\n[]', "t.json"), "{path}, line 2: there is more after the array has ended"
+    ),
+    "an array of nothing": Kind(table("[]", "t.json"), "{path} is empty: it has no records"),
+    "an array nested too deep": Kind(
+        table(b"[" + DEEP + b"]", "t.json"),
+        "{path}, line 1: this is not JSON: it is nested too deep",
+    ),
 }
 
 
@@ -636,45 +942,107 @@ def settings(content: str | bytes) -> Make:
 
 
 CONFIGURATIONS = {
-    "a configuration file that is missing": Kind(absent("c.yaml"), "?"),
-    "a folder in place of a configuration file": Kind(folder_named("c.yaml"), "?"),
-    "a configuration file that is a list": Kind(settings("- 1\n- 2\n"), "?"),
-    "a configuration file that is a word": Kind(settings("hello\n"), "?"),
-    "a configuration file with an unknown flag": Kind(settings("max-step: 1\n"), "?", 2),
-    "a configuration file with a word for a number": Kind(settings("n-embd: wide\n"), "?", 2),
-    "a configuration file with a number out of bounds": Kind(settings("max-steps: 0\n"), "?", 2),
-    "a configuration file with a list for a number": Kind(settings("n-embd: [1, 2]\n"), "?", 2),
-    "a configuration file with a number for yes or no": Kind(settings("bias: 3\n"), "?", 2),
-    "a configuration file with another choice": Kind(settings("tokenizer: words\n"), "?", 2),
-    "a configuration file with an open bracket": Kind(settings("max-steps: [1\n"), "?"),
-    "a configuration file with a tab": Kind(settings("a:\n\tb: 1\n"), "?"),
+    "a configuration file that is missing": Kind(
+        absent("c.yaml"), "cannot read the configuration {path}: No such file or directory"
+    ),
+    "a folder in place of a configuration file": Kind(
+        folder_named("c.yaml"), "cannot read the configuration {path}: Is a directory"
+    ),
+    "a configuration file that is a list": Kind(
+        settings("- 1\n- 2\n"), "{path} must hold 'flag: value' lines, one for each flag it sets"
+    ),
+    "a configuration file that is a word": Kind(
+        settings("hello\n"), "{path} must hold 'flag: value' lines, one for each flag it sets"
+    ),
+    "a configuration file with an unknown flag": Kind(
+        settings("max-step: 1\n"),
+        "{path}: there is no flag 'max-step'; the nearest is max-steps",
+        2,
+    ),
+    "a configuration file with a word for a number": Kind(
+        settings("n-embd: wide\n"), "{path}: n-embd must be a whole number, not 'wide'", 2
+    ),
+    "a configuration file with a number out of bounds": Kind(
+        settings("max-steps: 0\n"), "{path}: max-steps must be at least 1, not '0'", 2
+    ),
+    "a configuration file with a list for a number": Kind(
+        settings("n-embd: [1, 2]\n"), "{path}: n-embd must be a single value, not a list", 2
+    ),
+    "a configuration file with a number for yes or no": Kind(
+        settings("bias: 3\n"), "{path}: bias must be true or false, not 3", 2
+    ),
+    "a configuration file with another choice": Kind(
+        settings("tokenizer: words\n"),
+        "{path}: tokenizer must be one of char, byte, bpe, not 'words'",
+        2,
+    ),
+    "a configuration file with an open bracket": Kind(
+        settings("max-steps: [1\n"), "{path} is not valid YAML (line 2)"
+    ),
+    "a configuration file with a tab": Kind(
+        settings("a:\n\tb: 1\n"), "{path} is not valid YAML (line 2)"
+    ),
     "a configuration file that makes objects": Kind(
-        settings("seed: !!python/object/apply:os.getpid []\n"), "?"
+        settings("seed: !!python/object/apply:os.getpid []\n"), "{path} is not valid YAML (line 1)"
     ),
-    "a configuration file with a day that there is not": Kind(settings("seed: 2024-02-31\n"), "?"),
+    "a configuration file with a day that there is not": Kind(
+        settings("seed: 2024-02-31\n"), "{path} holds a number or a date that is impossible"
+    ),
     "a configuration file with a number of many digits": Kind(
-        settings("seed: " + "9" * 5000 + "\n"), "?"
+        settings("seed: " + "9" * 5000 + "\n"), "{path} holds a number or a date that is impossible"
     ),
-    "a configuration file nested too deep": Kind(settings("seed: " + "[" * 1000 + "\n"), "?"),
+    "a configuration file nested too deep": Kind(
+        settings("seed: " + "[" * 1000 + "\n"), "{path} is nested too deep for a configuration"
+    ),
     "a configuration file that grows when it is read": Kind(
-        settings(f"text: {BOMB}"), "?"
+        settings(f"text: {BOMB}"), "{path} is not valid YAML without aliases (line 3)"
     ),
-    "a configuration file with lists in a list": Kind(settings("text: [a, [b]]\n"), "?", 2),
-    "a configuration file with a list for yes or no": Kind(settings("bias: [yes]\n"), "?", 2),
-    "a configuration file with a flag twice": Kind(settings("seed: 1\nseed: 2\n"), "?"),
-    "a configuration file with yes for a number": Kind(settings("seed: yes\n"), "?", 2),
-    "a configuration file with bytes for a path": Kind(settings("output: !!binary YQ==\n"), "?", 2),
-    "a configuration file with a mapping for paths": Kind(settings("text: {a: b}\n"), "?", 2),
-    "a configuration file with a zero byte": Kind(settings(b"seed: 1\0\n"), "?"),
-    "a configuration file that is not UTF-8": Kind(settings(b"output: caf\xe9.pth\n"), "?"),
+    "a configuration file with lists in a list": Kind(
+        settings("text: [a, [b]]\n"),
+        "{path}: text must be a list of single values, not of a list",
+        2,
+    ),
+    "a configuration file with a list for yes or no": Kind(
+        settings("bias: [yes]\n"), "{path}: bias must be true or false, not a list", 2
+    ),
+    "a configuration file with a flag twice": Kind(
+        settings("seed: 1\nseed: 2\n"), "{path}: seed stands there twice"
+    ),
+    "a configuration file with yes for a number": Kind(
+        settings("seed: yes\n"), "{path}: seed must be a single value, not true", 2
+    ),
+    "a configuration file with bytes for a path": Kind(
+        settings("output: !!binary YQ==\n"),
+        "{path}: output must be a single value, not binary data",
+        2,
+    ),
+    "a configuration file with a mapping for paths": Kind(
+        settings("text: {a: b}\n"),
+        "{path}: text must be a list of single values, not of a mapping",
+        2,
+    ),
+    "a configuration file with a zero byte": Kind(
+        settings(b"seed: 1\0\n"), "{path} is not valid YAML"
+    ),
+    "a configuration file that is not UTF-8": Kind(
+        settings(b"output: caf\xe9.pth\n"),
+        "cannot read the configuration {path}: it is not UTF-8 text",
+    ),
 }
 
 TERMS = {
-    "terms that are missing": Kind(absent("w.txt"), "?"),
-    "terms that are empty": Kind(written("w.txt", ""), "?"),
-    "terms of blank lines": Kind(written("w.txt", "\n \n"), "?"),
-    "terms that are not UTF-8": Kind(written("w.txt", b"a\ncaf\xe9\n"), "?"),
-    "terms that the vocabulary lacks": Kind(written("w.txt", "ab\nq\n"), "?"),
+    "terms that are missing": Kind(
+        absent("w.txt"), "cannot read the terms of --reward-terms {path}: No such file or directory"
+    ),
+    "terms that are empty": Kind(written("w.txt", ""), "{path} holds no terms, one a line"),
+    "terms of blank lines": Kind(written("w.txt", "\n \n"), "{path} holds no terms, one a line"),
+    "terms that are not UTF-8": Kind(
+        written("w.txt", b"a\ncaf\xe9\n"), "{path} is not UTF-8 text: bad byte at 5"
+    ),
+    "terms that the vocabulary lacks": Kind(
+        written("w.txt", "ab\nq\n"),
+        "the term 'q' cannot be written with the model's vocabulary, so it cannot be rewarded",
+    ),
 }
 
 
@@ -694,26 +1062,57 @@ def folder_without_text(folder: Path) -> Path:
 
 
 TEXTS = {
-    "a text that is missing": Kind(absent("b.txt"), "?"),
-    "a text that is empty": Kind(text(""), "?"),
-    "a text of a byte order mark alone": Kind(text(b"\xef\xbb\xbf"), "?"),
-    "a text that is not UTF-8": Kind(text(NOT_UTF8), "?"),
-    "a text that ends within a character": Kind(text("a text, é".encode()[:-1]), "?"),
-    "a folder without texts": Kind(folder_without_text, "?"),
-    "a text that is no gzip": Kind(gzip_damage(lambda raw: b"hello"), "?"),
-    "a gzip that is cut short": Kind(gzip_damage(lambda raw: raw[:-20]), "?"),
-    "a gzip with another check sum": Kind(gzip_damage(lambda raw: raw[:-8] + bytes(8)), "?"),
-    "a gzip with another block": Kind(gzip_damage(lambda raw: raw[:10] + b"\xff" + raw[11:]), "?"),
-    "an empty file called .gz": Kind(gzip_damage(lambda raw: b""), "?"),
+    "a text that is missing": Kind(absent("b.txt"), "there is no file {path}"),
+    "a text that is empty": Kind(text(""), "{path} is empty: there is no text to train on"),
+    "a text of a byte order mark alone": Kind(
+        text(b"\xef\xbb\xbf"), "{path} is empty: there is no text to train on"
+    ),
+    "a text that is not UTF-8": Kind(
+        text(NOT_UTF8),
+        "{path} is not UTF-8 text: bad byte at offset 3; --encoding-errors replace goes "
+        "on with U+FFFD in its place",
+    ),
+    "a text that ends within a character": Kind(
+        text("a text, é".encode()[:-1]),
+        "{path} is not UTF-8 text: bad byte at offset 8; --encoding-errors replace goes "
+        "on with U+FFFD in its place",
+    ),
+    "a folder without texts": Kind(folder_without_text, "the folder {path} holds no text files"),
+    "a text that is no gzip": Kind(
+        gzip_damage(lambda raw: b"hello"), "{path} is a damaged gzip file, or none at all"
+    ),
+    "a gzip that is cut short": Kind(
+        gzip_damage(lambda raw: raw[:-20]), "{path} is a damaged gzip file: it is cut short"
+    ),
+    "a gzip with another check sum": Kind(
+        gzip_damage(lambda raw: raw[:-8] + bytes(8)),
+        "{path} is a damaged gzip file, or none at all",
+    ),
+    "a gzip with another block": Kind(
+        gzip_damage(lambda raw: raw[:10] + b"\xff" + raw[11:]),
+        "{path} is a damaged gzip file, or none at all",
+    ),
+    "an empty file called .gz": Kind(
+        gzip_damage(lambda raw: b""), "{path} is empty: there is no text to train on"
+    ),
 }
 
 SHORT_TEXTS = {"a text that is too short": Kind(text("ab"), "?")}
 
 PROMPTS = {
-    "a prompt that is missing": Kind(absent("p.txt"), "?"),
-    "a folder in place of a prompt": Kind(folder_named("p.txt"), "?"),
-    "a prompt that is not UTF-8": Kind(written("p.txt", b"ab\xe9"), "?"),
-    "a prompt that the vocabulary lacks": Kind(written("p.txt", "abq"), "?"),
+    "a prompt that is missing": Kind(
+        absent("p.txt"), "cannot read the prompt {path}: No such file or directory"
+    ),
+    "a folder in place of a prompt": Kind(
+        folder_named("p.txt"), "cannot read the prompt {path}: Is a directory"
+    ),
+    "a prompt that is not UTF-8": Kind(
+        written("p.txt", b"ab\xe9"), "{path} is not UTF-8 text: bad byte at 2"
+    ),
+    "a prompt that the vocabulary lacks": Kind(
+        written("p.txt", "abq"),
+        "the character 'q' (U+0071) at position 2 is not in the model's vocabulary",
+    ),
 }
 
 
@@ -759,29 +1158,50 @@ def resealed(change: Change) -> RunChange:
 DAMAGED_RUN = "{path}/run.json is damaged: train with another --run-dir or --resume never"
 
 RUNS: dict[str, tuple[RunChange, str, int]] = {
-    "a run.json that is empty": (rewrite("run.json", ""), "?", 3),
-    "a run.json that is no JSON": (rewrite("run.json", "{1"), "?", 3),
-    "a run.json that is a list": (rewrite("run.json", "[]"), "?", 3),
-    "a run.json nested too deep": (rewrite("run.json", DEEP), "?", 3),
-    "a run.json of another check sum": (
-        rewrite("run.json", '{"identity": {}, "sha256": "0"}'),
-        "?",
+    "a run.json that is empty": (
+        rewrite("run.json", ""),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
         3,
     ),
-    "a run.json without what identifies it": (resealed(drop("identity")), "?", 3),
+    "a run.json that is no JSON": (
+        rewrite("run.json", "{1"),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
+        3,
+    ),
+    "a run.json that is a list": (
+        rewrite("run.json", "[]"),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
+        3,
+    ),
+    "a run.json nested too deep": (
+        rewrite("run.json", DEEP),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
+        3,
+    ),
+    "a run.json of another check sum": (
+        rewrite("run.json", '{"identity": {}, "sha256": "0"}'),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
+        3,
+    ),
+    "a run.json without what identifies it": (
+        resealed(drop("identity")),
+        "{path}/run.json is damaged: train with another --run-dir or --resume never",
+        3,
+    ),
     "a run.json of another configuration": (
         resealed(put("identity", "learning_rate", to=0.5)),
-        "?",
+        "{path} holds the run of another configuration: its --learning-rate is 0.5, and "
+        "here it is not set",
         2,
     ),
     "a run.json of another text": (
         resealed(put("identity", "text (SHA-256)", to="0" * 64)),
-        "?",
+        "{path} holds the run of another configuration: its text differs",
         2,
     ),
     "a folder of somebody else": (
         lambda run: [(run / name).unlink() for name in ("run.json", "lock")],
-        "?",
+        "--run-dir {path} is not a run directory but holds checkpoints: name another",
         2,
     ),
 }
@@ -824,52 +1244,91 @@ def remanifested(name: str, raw: bytes) -> RunChange:
 MANIFEST = "manifest.json"
 
 CHECKPOINTS: dict[str, tuple[RunChange, str]] = {
-    "checkpoints without a manifest": (in_checkpoint(MANIFEST, Path.unlink), "?"),
+    "checkpoints without a manifest": (
+        in_checkpoint(MANIFEST, Path.unlink),
+        "manifest.json is missing",
+    ),
     "checkpoints with a folder for a manifest": (
         in_checkpoint(MANIFEST, lambda path: (path.unlink(), path.mkdir())),
-        "?",
+        "manifest.json cannot be read: Is a directory",
     ),
     "checkpoints with a manifest that is no JSON": (
         in_checkpoint(MANIFEST, lambda path: path.write_text("{1")),
-        "?",
+        "its manifest is damaged",
     ),
     "checkpoints with a manifest that is a list": (
         in_checkpoint(MANIFEST, lambda path: path.write_text("[]")),
-        "?",
+        "its manifest is damaged",
     ),
     "checkpoints with a manifest of no files": (
         in_checkpoint(MANIFEST, lambda path: path.write_text('{"files": {}}')),
-        "?",
+        "its manifest lacks best.safetensors",
     ),
     "checkpoints with a manifest nested too deep": (
         in_checkpoint(MANIFEST, lambda path: path.write_bytes(DEEP)),
-        "?",
+        "its manifest is damaged",
     ),
-    "checkpoints without a model": (in_checkpoint("model.safetensors", Path.unlink), "?"),
-    "checkpoints with a model cut short": (in_checkpoint("trainer.pt", cut), "?"),
-    "checkpoints with a flipped byte": (in_checkpoint("best.safetensors", flip), "?"),
-    "checkpoints with a state that is no JSON": (remanifested("state.json", b"{1"), "?"),
-    "checkpoints with a state that is a list": (remanifested("state.json", b"[]"), "?"),
-    "checkpoints with a state nested too deep": (remanifested("state.json", DEEP), "?"),
+    "checkpoints without a model": (
+        in_checkpoint("model.safetensors", Path.unlink),
+        "model.safetensors is missing",
+    ),
+    "checkpoints with a model cut short": (
+        in_checkpoint("trainer.pt", cut),
+        "trainer.pt has 15,633 bytes instead of 15,634",
+    ),
+    "checkpoints with a flipped byte": (
+        in_checkpoint("best.safetensors", flip),
+        "best.safetensors does not match its SHA-256",
+    ),
+    "checkpoints with a state that is no JSON": (
+        remanifested("state.json", b"{1"),
+        "its state is damaged",
+    ),
+    "checkpoints with a state that is a list": (
+        remanifested("state.json", b"[]"),
+        "its state is damaged",
+    ),
+    "checkpoints with a state nested too deep": (
+        remanifested("state.json", DEEP),
+        "its state is damaged",
+    ),
 }
 
 
 # Who reads what.
 
 WRITERS = {
-    "a model with weights that are not finite": Kind(pth(tensors=not_finite), "?"),
-    "a model that holds no tokenizer": Kind(pth(put("tokenizer", to=None)), "?"),
-    "a model of no known ending": Kind(written("m.onnx", "x"), "?"),
-}
-STRANGE_TOKENIZERS = {
-    "an export that holds no tokenizer": Kind(
-        made("m.pt", lambda: export_bytes(tokenizer=None)), "?"
+    "a model with weights that are not finite": Kind(
+        pth(tensors=not_finite), "{path} holds weights that are not finite, so it cannot write"
     ),
-    "an export with a tokenizer of an unknown kind": Kind(
-        made("m.pt", lambda: export_bytes(tokenizer={"kind": "morse"})), "?"
+    "a model that holds no tokenizer": Kind(
+        pth(put("tokenizer", to=None)), "{path} holds no tokenizer, so it cannot write text"
+    ),
+    "a model of no known ending": Kind(
+        written("m.onnx", "x"),
+        "{path} is not known to be a model file: its name ends in .pth, .safetensors or, "
+        "of an export, .pt",
+    ),
+}
+EXPORTED_TOKENIZERS = {
+    "an export that holds no tokenizer": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer=None)),
+        "{path} holds no tokenizer, so it cannot write text",
     ),
     "an export with a tokenizer of another size": Kind(
-        made("m.pt", lambda: export_bytes(tokenizer=CharTokenizer("ab").to_dict())), "?"
+        made("m.pt", lambda: export_bytes(tokenizer=CharTokenizer("ab").to_dict())),
+        "{path} is damaged: its tokenizer has 3 tokens, its weights have 5",
+    ),
+}
+
+STRANGE_TOKENIZERS = {
+    "an export with a tokenizer of an unknown kind": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer={"kind": "morse"})),
+        "{path} cannot be used: the tokenizer's description is damaged or of an unknown kind",
+    ),
+    "an export with a tokenizer that is a list of characters": Kind(
+        made("m.pt", lambda: export_bytes(tokenizer={"kind": "char", "characters": ["a"]})),
+        "{path} cannot be used: the tokenizer's description is damaged or of an unknown kind",
     ),
 }
 
@@ -889,6 +1348,7 @@ WRITE = "sample --model {path} --max-new-tokens 1 --engine native --device cpu -
 GENERATE = "nanogpt-generate {path} --max-new-tokens 1 --threads 1"
 OF_EXPORTS = Reader((export(),), (WRITE, GENERATE), native.open_file)
 OF_TOKENIZERS = Reader((export(),), (WRITE, GENERATE))
+OF_SAMPLES = Reader((export(),), (WRITE,))
 OF_REWARDS = Reader(
     (rewards("one|1\ntwo|2\n" * 20), rewards("text,reward\n" + "a,1\nb,2\n" * 20, "r.csv")),
     (
@@ -926,7 +1386,8 @@ TABLE_OF: list[tuple[Reader, dict[str, Kind]]] = [
     (OF_MODELS, MODELS),
     (OF_WRITERS, WRITERS),
     (OF_EXPORTS, EXPORTS),
-    (OF_TOKENIZERS, STRANGE_TOKENIZERS),
+    (OF_TOKENIZERS, EXPORTED_TOKENIZERS),
+    (OF_SAMPLES, STRANGE_TOKENIZERS),
     (OF_REWARDS, REWARDS),
     (OF_TABLES, TABLES),
     (OF_CONFIGURATIONS, CONFIGURATIONS),
@@ -995,7 +1456,7 @@ def who_speaks(command: str) -> str:
 
 
 def needs_engine(reader: Reader) -> None:
-    if reader in (OF_EXPORTS, OF_TOKENIZERS) and not native.available():
+    if reader in (OF_EXPORTS, OF_TOKENIZERS, OF_SAMPLES) and not native.available():
         pytest.skip(f"native engine: {native.why_not()}")
 
 
@@ -1010,7 +1471,18 @@ def test_a_malformed_file_is_refused_in_one_sentence(name: str, place: Place) ->
         outcome = place.ask(command, path)
         if os.environ.get("DUMP"):
             with open(os.environ["DUMP"], "a") as f:
-                f.write(json.dumps([name, outcome[0], outcome[1], outcome[2].replace(str(path), "{path}"), place.content() == before]) + "\n")
+                f.write(
+                    json.dumps(
+                        [
+                            name,
+                            outcome[0],
+                            outcome[1],
+                            outcome[2].replace(str(path), "{path}"),
+                            place.content() == before,
+                        ]
+                    )
+                    + "\n"
+                )
             continue
         assert outcome == (kind.code, "", f"{who_speaks(command)}: {sentence}\n")
     assert place.content() == before, "something was written"
@@ -1019,7 +1491,10 @@ def test_a_malformed_file_is_refused_in_one_sentence(name: str, place: Place) ->
             reader.function(path)
         if os.environ.get("DUMP"):
             with open(os.environ["DUMP"], "a") as f:
-                f.write(json.dumps([name, "function", str(caught.value).replace(str(path), "{path}")]) + "\n")
+                f.write(
+                    json.dumps([name, "function", str(caught.value).replace(str(path), "{path}")])
+                    + "\n"
+                )
             return
         assert str(caught.value) == sentence
 
@@ -1040,9 +1515,7 @@ def test_a_good_file_is_accepted_by_the_same_reader(reader: Reader, place: Place
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_malformed_run_directory_is_refused(
-    name: str, place: Place, finished_run: Path
-) -> None:
+def test_a_malformed_run_directory_is_refused(name: str, place: Place, finished_run: Path) -> None:
     damage, sentence, code = RUNS[name]
     path = place.given / "run"
     shutil.copytree(finished_run / "run", path)
@@ -1052,14 +1525,26 @@ def test_a_malformed_run_directory_is_refused(
     outcome = place.ask(command, path)
     if os.environ.get("DUMP"):
         with open(os.environ["DUMP"], "a") as f:
-            f.write(json.dumps([name, *outcome[:2], outcome[2].replace(str(path), "{path}"), place.content() == before]) + "\n")
+            f.write(
+                json.dumps(
+                    [
+                        name,
+                        *outcome[:2],
+                        outcome[2].replace(str(path), "{path}"),
+                        place.content() == before,
+                    ]
+                )
+                + "\n"
+            )
         return
     assert outcome == (code, "", f"nanogpt train: {sentence.replace('{path}', str(path))}\n")
     assert place.content() == before, "something was written"
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_malformed_checkpoints_are_passed_over(name: str, tmp_path: Path, finished_run: Path) -> None:
+def test_malformed_checkpoints_are_passed_over(
+    name: str, tmp_path: Path, finished_run: Path
+) -> None:
     damage, sentence = CHECKPOINTS[name]
     path = tmp_path / "run"
     shutil.copytree(finished_run / "run", path)
