@@ -263,6 +263,7 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold 'flag: value' lines, one for each flag it sets")
+    assert root is not None
     names = [key.value for key, _ in root.value]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
