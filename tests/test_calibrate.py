@@ -334,7 +334,8 @@ def test_further_training_marks_the_calibration_stale(
     seen, save = [], checkpoint.save
 
     def noting(model, path):
-        seen.append((model.calibration_temperature, model.calibration_is_stale))
+        content = getattr(model, "content", None) or model.describe()  # of a checkpoint, or a model
+        seen.append((content["calibration_temperature"], content["calibration"]["stale"]))
         save(model, path)
 
     monkeypatch.setattr(checkpoint, "save", noting)
