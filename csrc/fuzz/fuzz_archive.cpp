@@ -78,8 +78,8 @@ void mend(Bytes& bytes, Random& random) {
       }
     }
     if (!random.one_in(8)) {
-      const size_t payload = local + 30 + number_at(bytes, local + 26, 2) +
-                             number_at(bytes, local + 28, 2);
+      const size_t payload =
+          local + 30 + number_at(bytes, local + 26, 2) + number_at(bytes, local + 28, 2);
       const size_t end = i + 1 < locals.size() ? locals[i + 1] : centrals.front();
       const bool wide = number_at(bytes, local + 18, 4) == 0xFFFFFFFF;
       if (payload <= end && !wide) {

@@ -64,8 +64,7 @@ std::optional<std::string> content(const Bytes& bytes) {
       for (const int64_t length : tensor.shape) {
         text << ' ' << length;
       }
-      text.write(static_cast<const char*>(tensor.data),
-                 static_cast<std::streamsize>(tensor.bytes));
+      text.write(static_cast<const char*>(tensor.data), static_cast<std::streamsize>(tensor.bytes));
     }
     file.verify(1);
     return text.str();

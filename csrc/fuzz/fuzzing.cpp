@@ -87,8 +87,8 @@ void mutate(Bytes& bytes, Random& random, const Bytes& other) {
       bytes[place] = static_cast<uint8_t>(random());
       break;
     case 2: {  // a number at an end of its range
-      static constexpr uint64_t ends[] = {
-          0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, INT64_MAX, UINT64_MAX};
+      static constexpr uint64_t ends[] = {0,      1,          0x7F,       0xFF,      0x7FFF,
+                                          0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, INT64_MAX, UINT64_MAX};
       put(bytes, place, size_t{1} << random.below(4), ends[random.below(std::size(ends))]);
       break;
     }
@@ -157,9 +157,7 @@ extern "C" int LLVMFuzzerInitialize(int* count, char*** arguments);
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed);
 
-extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  return std::atexit(fuzzing::print_counts);
-}
+extern "C" int LLVMFuzzerInitialize(int*, char***) { return std::atexit(fuzzing::print_counts); }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzzing::run_one(data, size);
