@@ -8,6 +8,7 @@ check sums.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import tempfile
@@ -64,10 +65,7 @@ def load(
     problem = metadata.verify(content, tensors)
     if problem:
         raise InputError(f"{path} is damaged: {problem}")
-    try:
-        config = GPTConfig(**content["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} has no usable configuration: {error}") from None
+    config = _config(path, content.get("config"))
     # Before anything is allocated for a shape that the weights do not have.
     if config.n_parameters() != sum(tensor.numel() for tensor in tensors.values()):
         raise InputError(f"{path} is damaged: its weights do not fit its configuration")
@@ -77,6 +75,22 @@ def load(
     except RuntimeError:
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
     return model.to(device).eval(), model.tokenizer
+
+
+def _config(path: Path, fields: Any) -> GPTConfig:
+    known = [entry.name for entry in dataclasses.fields(GPTConfig)]
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is damaged: its metadata has no configuration")
+    unknown = next((name for name in fields if name not in known), None)
+    if unknown is not None:
+        raise InputError(f"{path} has a field in its configuration that is unknown: {unknown!r}")
+    missing = next((name for name in known if name not in fields), None)
+    if missing is not None:
+        raise InputError(f"{path} is damaged: its configuration has no {missing}")
+    try:
+        return GPTConfig(**fields)
+    except ValueError as error:
+        raise InputError(f"{path} has no usable configuration: {error}") from None
 
 
 def check_suffix(path: Path) -> None:

@@ -232,7 +232,7 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the configuration {path}: {reason}") from None
-    except yaml.YAMLError as error:
+    except Exception as error:  # YAML's, or what its tags make of bad values: ValueError and more
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise InputError(f"{path} is not valid YAML{line}") from None

@@ -189,11 +189,15 @@ class BPETokenizer(Tokenizer):
     def __init__(self, serialised: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
+        self._check_model(serialised.get("model"))
         try:
             self._backend = Backend.from_str(json.dumps(serialised))
-        except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the bpe tokenizer is damaged: {reason}") from None
+        except BaseException as error:  # the library raises plain Exception, and its own panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            # It names tokens, and those may hold anything.
+            reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+            raise InputError(f"the bpe tokenizer is damaged: {reason[:200]}") from None
         # Ordinary text must not turn into the special token, whatever letters it holds.
         self._backend.encode_special_tokens = True
         size = self._backend.get_vocab_size(with_added_tokens=True)
@@ -205,6 +209,23 @@ class BPETokenizer(Tokenizer):
             self.token_bytes = [*(bytes(values[c] for c in name) for name in names[:-1]), b""]
         except KeyError:
             raise InputError("the bpe tokenizer is damaged: a token is not made of bytes") from None
+
+    @staticmethod
+    def _check_model(model: Any) -> None:
+        """What ends the library in a panic, which writes to standard error by itself."""
+        if not isinstance(model, dict):
+            return
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise InputError(f"the bpe tokenizer is damaged: it has a {key}")
+        vocabulary, merges = model.get("vocab"), model.get("merges")
+        if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+            return
+        for merge in merges:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            made = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+            if made and "".join(parts) not in vocabulary:
+                raise InputError("the bpe tokenizer is damaged: two tokens merge into none")
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "BPETokenizer":

@@ -89,7 +89,7 @@ def judge(reader: Reader, raw: bytes, path: Path) -> str:
         outcome = REFUSED if good else f"a refusal is not one printable line: {str(error)!r:.300}"
     except _Slow:
         outcome = f"it takes more than {SLOW_SECONDS:g} s"
-    except Exception as error:
+    except BaseException as error:  # a panic of compiled code is no Exception
         outcome = f"{type(error).__name__} {_where(error)}: {error!s:.200}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -97,7 +97,7 @@ def judge(reader: Reader, raw: bytes, path: Path) -> str:
     return f"it takes {grown / 1e6:.0f} MB of memory" if grown > LARGE_BYTES else outcome
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """The innermost line of the package that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "nanogpt" in Path(frame.filename).parts]
