@@ -74,7 +74,15 @@ def load(
         model.load_state_dict({**tensors, metadata.KEY: metadata.to_tensor(content)})
     except RuntimeError:
         raise InputError(f"{path} is damaged: its weights do not fit its configuration") from None
-    return model.to(device).eval(), model.tokenizer
+    except InputError as error:  # of its tokenizer or calibration
+        raise InputError(f"{path} is damaged: {error}") from None
+    tokenizer = model.tokenizer
+    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+        raise InputError(
+            f"{path} is damaged: its tokenizer has {tokenizer.vocab_size:,} tokens, its model "
+            f"{config.vocab_size:,}"
+        )
+    return model.to(device).eval(), tokenizer
 
 
 def _config(path: Path, fields: Any) -> GPTConfig:
@@ -126,6 +134,8 @@ def check_writable(output: Path, flag: str = "--output") -> None:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of a model file, not verified yet."""
     if not path.exists():
+        if path.is_symlink():
+            raise InputError(f"the model file {path} is a link that leads nowhere")
         raise InputError(f"there is no model file {path}")
     if not path.is_file():
         raise InputError(f"{path} is not a file")

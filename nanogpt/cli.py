@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }
 INTERRUPTED, TERMINATED = 130, 143
+_MOST_BITS = 63  # of a whole number; more fits no counter of torch's
+_LONGEST_SHOWN = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +176,8 @@ class _Converter:
             value = self.kind(text)
         except ValueError:
             noun = {int: "a whole number", float: "a number"}[self.kind]
-            raise UsageError(f"{self.flag} must be {noun}, not {text!r}") from None
+            shown = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+            raise UsageError(f"{self.flag} must be {noun}, not {shown!r}") from None
         choices = self.limits["choices"]
         if choices and value not in choices:
             words = ", ".join(choices)
@@ -191,6 +194,8 @@ class _Converter:
             (limits["below"], "below", lambda limit: value < limit),
             (limits["maximum"], "at most", lambda limit: value <= limit),
         )
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise UsageError(f"{self.flag} must be a number of at most {_MOST_BITS} bits")
         if not math.isfinite(value):
             raise UsageError(f"{self.flag} must be finite, not {text!r}")
         for limit, word, holds in checks:

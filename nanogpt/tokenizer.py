@@ -197,6 +197,7 @@ class BPETokenizer(Tokenizer):
                 raise
             # It names tokens, and those may hold anything.
             reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+            reason = re.sub(r" at line \d+ column \d+$", "", reason)
             raise InputError(f"the bpe tokenizer is damaged: {reason[:200]}") from None
         # Ordinary text must not turn into the special token, whatever letters it holds.
         self._backend.encode_special_tokens = True
