@@ -121,6 +121,11 @@ def write_output(model: GPT, output: Path) -> None:
     save(model, output)
 
 
+def same_place(a: str | Path, b: str | Path) -> bool:
+    """Whether two names lead to one place, links followed; one that leads to itself does not."""
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
 def check_writable(output: Path, flag: str = "--output") -> None:
     """Raises: UsageError where what `flag` names could not be written. Nothing is left there."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())

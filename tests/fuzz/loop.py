@@ -30,7 +30,7 @@ from . import mutation
 
 SLOW_SECONDS = 5.0
 LARGE_BYTES = 2**28
-_STUCK_SECONDS = 30.0
+STUCK_SECONDS = 30.0
 _MOST_FINDINGS = 20
 _HEAD = struct.Struct("<QQ")
 ACCEPTED, REFUSED = "accepted", "refused"
@@ -193,11 +193,11 @@ def _follow(worker: object, pipe: Connection, shared: mmap.mmap, report: Report)
             worker.join()
             what = f"the process ended with {worker.exitcode}"
         else:
-            if time.monotonic() - moved < _STUCK_SECONDS:
+            if time.monotonic() - moved < STUCK_SECONDS:
                 continue
             worker.kill()
             worker.join()
-            what = f"it takes more than {_STUCK_SECONDS:g} s and cannot be interrupted"
+            what = f"it takes more than {STUCK_SECONDS:g} s and cannot be interrupted"
         number, size = _HEAD.unpack(shared[: _HEAD.size])
         report.inputs += max(number, 1)
         _add(report, what, shared[_HEAD.size : _HEAD.size + size])
