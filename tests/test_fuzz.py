@@ -168,8 +168,8 @@ def test_a_parser_is_clean_on_the_kept_inputs_and_some_mutants(name, tmp_path):
 @pytest.mark.parametrize(
     ("begin", "reason"),
     [
-        (b"size len:\x01 and more", "AddressSanitizer"),
-        (b"size sum:\x01\x02 and more", "the sum is smaller than its part"),
+        (b"l len:\x01 and more", "AddressSanitizer"),
+        (b"s sum:\x01\x02 and more", "the sum is smaller than its part"),
     ],
 )
 def test_the_loop_finds_what_was_planted(begin, reason, tmp_path):

@@ -80,13 +80,12 @@ struct Peer {
       return false;
     }
     try {
-      static_cast<void>(json::parse(text));
+      return json::parse(text).is_discarded();
     } catch (const json::exception& error) {
       const std::string_view why = error.what();
       return !contains(why, "surrogate") && !contains(why, "out_of_range.406") &&
              !contains(why, "UTF-8");
     }
-    return false;
   }
 };
 

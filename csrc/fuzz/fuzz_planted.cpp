@@ -9,14 +9,17 @@ namespace fuzzing {
 const std::vector<std::string> pieces = {"len:", "sum:"};
 
 bool accepts(const uint8_t* data, size_t size) {
+  if (size == 0) {
+    return false;
+  }
   const std::string text(reinterpret_cast<const char*>(data), size);
   const size_t length = text.find("len:"), sum = text.find("sum:");
-  if (length != std::string::npos && length + 4 < size) {
+  if (data[0] == 'l' && length != std::string::npos && length + 4 < size) {
     // The number is believed: it may point behind the input.
     const size_t place = static_cast<size_t>(data[length + 4]);
     return data[place] == 0;
   }
-  if (sum != std::string::npos && sum + 5 < size) {
+  if (data[0] == 's' && sum != std::string::npos && sum + 5 < size) {
     must(data[sum + 4] <= data[sum + 5], "the sum is smaller than its part");
   }
   return true;

@@ -192,7 +192,7 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t mos
 #include <fstream>
 #include <iostream>
 #include <random>
-#include <system_error>
+#include <utility>
 
 // AddressSanitizer's, where it is linked in.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
