@@ -188,6 +188,10 @@ def test_the_loop_finds_what_was_planted(begin, reason, tmp_path):
     assert reason in again.stderr
 
 
+def test_no_two_targets_have_one_name():
+    assert len({*READERS, *programs.TARGETS}) == len(READERS) + len(programs.TARGETS)
+
+
 def test_the_corpus_is_small():
     files = [path for path in programs.CORPUS.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} == set(programs.TARGETS)

@@ -188,7 +188,7 @@ def make_readers() -> list[Reader]:
         *(_rewards(suffix) for suffix in (".txt", ".jsonl", ".csv")),
         *_tables(),
         Reader("metadata", ".json", _read_metadata, sealed, _JSON),
-        Reader("tokenizer", ".json", _read_tokenizer, tokenizers, (*_JSON, *words)),
+        Reader("tokenizer description", ".json", _read_tokenizer, tokenizers, (*_JSON, *words)),
         Reader(
             "tokenizer bpe", ".json", _read_tokenizer, [metadata.canonical_json(bpe.to_dict())],
             (*_JSON, b"Replace", b'"Regex"', b"(a*)*b", b"ByteLevel", b"Strip"),
