@@ -30,6 +30,7 @@ from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.model import GPT
 
 MANIFEST = "manifest.json"
+_FILES = ("model.safetensors", "best.safetensors", "trainer.pt", "state.json")
 _KEPT = 2
 _PAGES = ("report.html", "report.json", "findings.json")
 _JOURNALS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
@@ -127,7 +128,7 @@ class RunDirectory:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
             raise InputError(f"{path} is damaged: train with another --run-dir or --resume never")
@@ -171,7 +172,7 @@ class RunDirectory:
             return []
         records = []
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
         return records
 
@@ -303,6 +304,9 @@ def _problem_with(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
+        lacking = next((name for name in _FILES if name not in manifest), None)
+        if lacking is not None:
+            return f"its manifest does not name {lacking}"
         for name, entry in manifest.items():
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
@@ -311,6 +315,8 @@ def _problem_with(folder: Path) -> str | None:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is damaged"
     return None

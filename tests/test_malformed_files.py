@@ -26,6 +26,7 @@ from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.explore.records import read_records
 from nanogpt.model import GPT
 from nanogpt.reward_data import read_reward_data
+from nanogpt.run_directory import RunDirectory
 from nanogpt.terms import read_terms
 from nanogpt.tokenizer import BPETokenizer, CharTokenizer, tokenizer_from_dict
 
@@ -213,6 +214,58 @@ def load_engine(path: Path) -> None:
     if found.code:
         assert found.code == InputError.exit_code
         raise InputError(found.sentence)
+
+
+def run_with(change: Callable[[Path], Any], of: str = "checkpoints/00000001") -> Make:
+    """A run directory with one checkpoint, in which something has changed."""
+
+    def make(path: Path) -> None:
+        with RunDirectory(path, warn=print) as run:
+            run.begin({"identity": {}}, {})
+            run.save(1, model(), {"optimizer": {}}, {"tokens": 1}, model())
+        change(path / of)
+
+    return make
+
+
+def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def make(folder: Path) -> None:
+        path = folder / "manifest.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return make
+
+
+def rewrite(name: str, raw: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(raw)
+
+
+def tie(name: str) -> Callable[[Path], Any]:
+    def make(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+
+    return make
+
+
+def flip(name: str) -> Callable[[Path], Any]:
+    def make(folder: Path) -> None:
+        raw = bytearray((folder / name).read_bytes())
+        raw[-1] ^= 1
+        (folder / name).write_bytes(raw)
+
+    return make
+
+
+def read_run(path: Path) -> None:
+    """A checkpoint that is passed over is told of, and training goes on with the one before."""
+    said: list[str] = []
+    with RunDirectory(path, warn=said.append) as run:
+        run.read_identity()
+        if run.newest() is None:
+            raise InputError("; ".join(said))
 
 
 DEEP = b"[" * 100_000
@@ -834,6 +887,60 @@ KINDS: dict[str, Kind] = {
         },
         UsageError,
     ),
+    "run": Kind(
+        read_run,
+        "",
+        {
+            "a missing file": (
+                run_with(lambda folder: (folder / "trainer.pt").unlink()),
+                "passed over the checkpoint {path}/checkpoints/00000001: trainer.pt is missing",
+            ),
+            "no manifest": (
+                run_with(lambda folder: (folder / "manifest.json").unlink()),
+                "passed over the checkpoint {path}/checkpoints/00000001: manifest.json is missing",
+            ),
+            "a shorter file": (
+                run_with(rewrite("state.json", b"{}")),
+                "passed over the checkpoint {path}/checkpoints/00000001: "
+                "state.json has 2 bytes instead of 28",
+            ),
+            "a flipped bit": (
+                run_with(flip("model.safetensors")),
+                "passed over the checkpoint {path}/checkpoints/00000001: "
+                "model.safetensors does not match its SHA-256",
+            ),
+            "a link to itself": (
+                run_with(tie("trainer.pt")),
+                "passed over the checkpoint {path}/checkpoints/00000001: "
+                "trainer.pt cannot be read: Too many levels of symbolic links",
+            ),
+            "a manifest that is no JSON": (
+                run_with(rewrite("manifest.json", b"{")),
+                "passed over the checkpoint {path}/checkpoints/00000001: its manifest is damaged",
+            ),
+            "a manifest that is too deep": (
+                run_with(rewrite("manifest.json", DEEP)),
+                "passed over the checkpoint {path}/checkpoints/00000001: its manifest is damaged",
+            ),
+            "a manifest of nothing": (
+                run_with(manifest(lambda content: content["files"].clear())),
+                "passed over the checkpoint {path}/checkpoints/00000001: "
+                "its manifest does not name model.safetensors",
+            ),
+            "sizes that are texts": (
+                run_with(manifest(lambda c: c["files"]["state.json"].update(bytes="many"))),
+                "passed over the checkpoint {path}/checkpoints/00000001: its manifest is damaged",
+            ),
+            "a run.json that is no JSON": (
+                run_with(rewrite("run.json", b"{"), of="."),
+                "{path}/run.json is damaged: train with another --run-dir or --resume never",
+            ),
+            "a run.json that is too deep": (
+                run_with(rewrite("run.json", DEEP), of="."),
+                "{path}/run.json is damaged: train with another --run-dir or --resume never",
+            ),
+        },
+    ),
     "terms": Kind(
         lambda path: read_terms(str(path), "--align-terms"),
         ".txt",
@@ -922,5 +1029,6 @@ def test_the_kinds_are_many_and_none_is_another(tmp_path: Path) -> None:
         place = tmp_path / str(number)
         place.mkdir()
         path, _ = made(name, what, place)
-        contents.add((name, path.read_bytes() if path.is_file() else what))
+        whole = path.is_dir() or path.is_symlink() or not path.exists()
+        contents.add((name, what if whole else path.read_bytes()))
     assert len(contents) == len(CASES)
