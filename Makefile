@@ -12,6 +12,8 @@ TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 GPU_FLAGS ?=
 # Flags of tests/faults, such as FAULTS_FLAGS="--kills 100 --damaged 1000".
 FAULTS_FLAGS ?=
+# How long make fuzz takes for each parser.
+SECONDS ?= 60
 # 0 lets a build go on without its native parts where they do not compile.
 export NANOGPT_REQUIRE_NATIVE ?= 1
 export NANOGPT_DATA ?= $(wildcard ../shared/data)
@@ -25,7 +27,7 @@ BUILD_TOOLS := setuptools cmake ninja nlohmann-json pybind11
 PLUGIN := nanogpt_torchscript.so
 
 .DEFAULT_GOAL := help
-.PHONY: help build plugin train test test-all faults lint format bench gpu wheel clean
+.PHONY: help build plugin train test test-all faults fuzz lint format bench gpu wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +82,9 @@ format: build  ## rewrite the code in the project's style
 
 faults: build  ## damage files, cut saves off, cut the power, kill and stop runs: half an hour
 	$(RUN) tests/faults $(FAULTS_FLAGS)
+
+fuzz: build  ## mutate what every parser and reader reads, SECONDS (60) for each
+	$(RUN) tests/fuzz --seconds $(SECONDS)
 
 bench: build  ## measure this machine: the fused operations, a training step, writing
 	$(RUN) -m pytest benchmarks --benchmark-only

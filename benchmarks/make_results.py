@@ -100,6 +100,8 @@ def _checks(checks: dict[str, Any]) -> list[str]:
     """What a suite that counts has counted."""
     if "faults" in checks:
         return _faults(checks["faults"])
+    if "fuzz" in checks:
+        return _fuzz(checks["fuzz"])
     if "explore" in checks:
         lines = [_line(["data", "found", "seconds", "peak memory"]), "|---|---|---|---|"]
         for row in (row for part in checks["explore"].values() for row in part):
@@ -124,6 +126,16 @@ def _faults(parts: dict[str, Any]) -> list[str]:
         for row in part["rows"]:
             cells = [row[head] for head in heads]
             lines.append(_line([f"{c:,}" if isinstance(c, int) else str(c) for c in cells]))
+    return lines
+
+
+def _fuzz(rows: list[dict[str, Any]]) -> list[str]:
+    """Mutants that every parser has read, over all runs of the fuzzers."""
+    heads = ["parser", "language", "inputs", "inputs/s", "accepted", "findings"]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    for row in rows:
+        counts = (row["inputs"], row["inputs"] / row["seconds"], row["accepted"], row["findings"])
+        lines.append(_line([row["parser"], row["language"], *(f"{n:,.0f}" for n in counts)]))
     return lines
 
 

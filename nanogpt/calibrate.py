@@ -402,7 +402,7 @@ def _output_path(config: CalibrateConfig) -> Path:
 
 def _check_report(path: Path, others: Sequence[str | Path]) -> None:
     """Raises: UsageError where --report could not be written, or is one of the other files."""
-    if any(path.resolve() == Path(other).resolve() for other in others if other != "-"):
+    if any(checkpoint.same_place(path, other) for other in others if other != "-"):
         raise UsageError(f"--report {path} is also --model, --text or --output: name another file")
     if path.exists() and not path.is_file():
         raise UsageError(f"--report {path} exists and is not a file")

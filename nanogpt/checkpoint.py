@@ -177,6 +177,11 @@ def write_output(model: GPT, output: Path) -> None:
     save(model, output)
 
 
+def same_place(a: str | Path, b: str | Path) -> bool:
+    """Whether two names lead to one place, links followed; one that leads to itself does not."""
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
 def check_writable(output: Path, flag: str = "--output") -> None:
     """Raises: UsageError where what `flag` names could not be written. Nothing is left there."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())
@@ -190,6 +195,8 @@ def check_writable(output: Path, flag: str = "--output") -> None:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of a model file, not verified yet."""
     if not path.exists():
+        if path.is_symlink():
+            raise InputError(f"the model file {path} is a link that leads nowhere")
         raise InputError(f"there is no model file {path}")
     if not path.is_file():
         raise InputError(f"{path} is not a file")

@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 INTERRUPTED = 130
 _LARGEST_CONFIG = 1_000_000
+_MOST_BITS = 63  # of a whole number; more fits no counter of torch's
+_LONGEST_SHOWN = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +178,8 @@ class _Converter:
             value = self.kind(text)
         except ValueError:
             noun = {int: "a whole number", float: "a number"}[self.kind]
-            raise UsageError(f"{self.flag} must be {noun}, not {text!r}") from None
+            shown = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+            raise UsageError(f"{self.flag} must be {noun}, not {shown!r}") from None
         choices = self.limits["choices"]
         if choices and value not in choices:
             words = ", ".join(choices)
@@ -193,6 +196,8 @@ class _Converter:
             (limits["below"], "below", lambda limit: value < limit),
             (limits["maximum"], "at most", lambda limit: value <= limit),
         )
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise UsageError(f"{self.flag} must be a number of at most {_MOST_BITS} bits")
         if not math.isfinite(value):
             raise UsageError(f"{self.flag} must be finite, not {text!r}")
         for limit, word, holds in checks:
@@ -259,6 +264,8 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
         raise InputError(f"{path} is nested too deep for a configuration") from None
     except ValueError:
         raise InputError(f"{path} holds a number or a date that is impossible") from None
+    except Exception:  # what its tags make of values that they do not fit
+        raise InputError(f"{path} is not valid YAML") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -84,7 +84,8 @@ class GPTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r:.40}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not (number and 0 <= self.dropout < 1):
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r:.40}")
         if not isinstance(self.bias, bool):
             raise ValueError(f"bias must be true or false, not {self.bias!r:.40}")

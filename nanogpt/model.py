@@ -333,7 +333,9 @@ class GPT(nn.Module):
         )
         usable = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if temperature is not None and not (usable and 1e-6 <= temperature <= 1e6):
-            raise InputError(f"the calibration temperature {temperature!r} is not above 0")
+            raise InputError(
+                f"the calibration temperature is {temperature!r}, not a number from 1e-6 to 1e6"
+            )
         if calibration is not None and not isinstance(calibration, dict):
             raise InputError("the record of the calibration is damaged")
         self.calibration_temperature = temperature

@@ -20,7 +20,7 @@ import numpy as np
 from nanogpt.errors import InputError
 
 # What float() takes beyond this (1_000, digits of other scripts) is a slip, not a reward.
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _STRONG_CORRELATION = 0.3
 _SMALL_P = 1e-3

@@ -189,9 +189,12 @@ class BPETokenizer(Tokenizer):
     def __init__(self, serialised: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
+        self._check_model(serialised.get("model"))
         try:
             self._backend = Backend.from_str(json.dumps(serialised))
-        except Exception:  # the library raises plain Exception, and speaks of itself
+        except BaseException as error:  # the library's own errors and its panics speak of itself
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(
                 "the bpe tokenizer is damaged: its parts are unknown or do not fit together"
             ) from None
@@ -206,6 +209,23 @@ class BPETokenizer(Tokenizer):
             self.token_bytes = [*(bytes(values[c] for c in name) for name in names[:-1]), b""]
         except KeyError:
             raise InputError("the bpe tokenizer is damaged: a token is not made of bytes") from None
+
+    @staticmethod
+    def _check_model(model: Any) -> None:
+        """What ends the library in a panic, which writes to standard error by itself."""
+        if not isinstance(model, dict):
+            return
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise InputError(f"the bpe tokenizer is damaged: it has a {key}")
+        vocabulary, merges = model.get("vocab"), model.get("merges")
+        if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+            return
+        for merge in merges:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            made = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+            if made and "".join(parts) not in vocabulary:
+                raise InputError("the bpe tokenizer is damaged: two tokens merge into none")
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "BPETokenizer":

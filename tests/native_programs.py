@@ -19,18 +19,37 @@ def native_program(name: str, sanitizers: str = "") -> Path:
     Args:
         sanitizers: for example "address,undefined", in a build folder of its own.
     """
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    cmake, ninja = (shutil.which(tool, path=places) for tool in ("cmake", "ninja"))
-    compiler = shutil.which(os.environ.get("CXX", "c++"), path=places)
-    if not (cmake and ninja and compiler):
-        pytest.skip("native programs: cmake, ninja and a C++ compiler are needed")
+    if missing_tools():
+        pytest.skip(f"native programs: {missing_tools()}")
     folder = ROOT / "build" / ("tests-" + sanitizers.replace(",", "-") if sanitizers else "tests")
+    build_native(folder, name, f"-DNANOGPT_SANITIZE={sanitizers}")
+    return folder / name
+
+
+def build_native(folder: Path, target: str, *settings: str) -> None:
+    """Build a CMake target of csrc/ in a folder that is kept. AssertionError has what went wrong.
+
+    Args:
+        settings: for CMake, such as "-DNANOGPT_SANITIZE=address".
+    """
+    cmake, ninja = _tool("cmake"), _tool("ninja")
     setting = [
         *(cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja"),
         *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython3_EXECUTABLE={sys.executable}"),
-        f"-DNANOGPT_SANITIZE={sanitizers}",
+        *settings,
     ]
-    for command in (setting, [ninja, "-C", folder, name]):
+    for command in (setting, [ninja, "-C", folder, target]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / name
+
+
+def missing_tools() -> str:
+    """What a build would need and does not find, in words; nothing where all is there."""
+    if all(map(_tool, ("cmake", "ninja", os.environ.get("CXX", "c++")))):
+        return ""
+    return "cmake, ninja and a C++ compiler are needed"
+
+
+def _tool(name: str) -> str:
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return shutil.which(name, path=places) or ""

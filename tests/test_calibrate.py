@@ -335,7 +335,7 @@ def test_further_training_marks_the_calibration_stale(
 
     def noting(model, path):
         content = getattr(model, "content", None) or model.describe()  # of a checkpoint, or a model
-        seen.append((content["calibration_temperature"], content["calibration"]["stale"]))
+        seen.append((content["calibration_temperature"], content["calibration"].get("stale")))
         save(model, path)
 
     monkeypatch.setattr(checkpoint, "save", noting)

@@ -282,7 +282,9 @@ MODELS = {
     "a model that is missing": Kind(absent("m.pth"), "there is no model file {path}"),
     "a model that is empty": Kind(written("m.pth", ""), "the model file {path} is empty"),
     "a folder in place of a model": Kind(folder_named("m.pth"), "{path} is not a file"),
-    "a link that leads to itself": Kind(loop("m.pth"), "there is no model file {path}"),
+    "a link that leads to itself": Kind(
+        loop("m.pth"), "the model file {path} is a link that leads nowhere"
+    ),
     "a pipe in place of a model": Kind(pipe("m.pth"), "{path} is not a file"),
     "a model with an unknown ending": Kind(
         written("m.onnx", "x"), "{path} is not a model file: its name ends in .pth or .safetensors"
@@ -408,7 +410,7 @@ MODELS = {
     ),
     "a calibration of zero": Kind(
         pth(put("calibration_temperature", to=0)),
-        "{path} cannot be used: the calibration temperature 0 is not above 0",
+        "{path} cannot be used: the calibration temperature is 0, not a number from 1e-6 to 1e6",
     ),
     "a calibration that is a text": Kind(
         pth(put("calibration", to="cold")),
@@ -436,8 +438,7 @@ MODELS = {
     ),
     "a tokenizer whose merges name unknown tokens": Kind(
         pth(put("tokenizer", to=bpe(put("model", "merges", to=[["zz", "qq"]])))),
-        "{path} cannot be used: the bpe tokenizer is damaged: its parts are unknown or "
-        "do not fit together",
+        "{path} cannot be used: the bpe tokenizer is damaged: two tokens merge into none",
     ),
     "a tokenizer without its last token": Kind(
         pth(put("tokenizer", to=bpe(put("added_tokens", to=[])))),

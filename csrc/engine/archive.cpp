@@ -15,7 +15,6 @@ namespace {
 constexpr size_t local_bytes = 30, central_bytes = 46, end_bytes = 22;
 constexpr size_t end64_bytes = 56, locator_bytes = 20;
 constexpr uint32_t full32 = 0xFFFFFFFF;
-constexpr uint16_t full16 = 0xFFFF;
 constexpr uint16_t zip64_block = 1, zip64_version = 45;
 constexpr uint16_t has_descriptor = 0x0008;
 

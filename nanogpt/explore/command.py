@@ -91,14 +91,10 @@ def _check_flags(config: ExploreConfig) -> None:
         if name is None:
             continue
         for other, theirs in taken.items():
-            if Path(name).resolve() == Path(theirs).resolve():
+            if checkpoint.same_place(name, theirs):
                 raise UsageError(f"{flag} {name} is also {other}: name another file")
         taken[flag] = name
-        if (
-            flag != "--output"
-            and config.init
-            and Path(name).resolve() == Path(config.init).resolve()
-        ):
+        if flag != "--output" and config.init and checkpoint.same_place(name, config.init):
             raise UsageError(f"{flag} {name} is also --init: name another file")
     checkpoint.check_output(Path(config.output))
     if config.impute is not None and Path(config.impute).suffix.lower() != ".csv":

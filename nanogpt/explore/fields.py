@@ -26,7 +26,7 @@ MISSING_WORDS = frozenset(
 )
 """Words that mean a missing value where all the others are numbers or dates."""
 
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*")
+_NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\s*")
 _DATE = re.compile(
     r"\s*\d{4}-\d{2}(-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?)?\s*"
 )
@@ -156,7 +156,8 @@ def as_numbers(column: Sequence[Value], kind: str) -> np.ndarray:
 
 def _as_number(value: str, kind: str) -> float:
     if kind == "number":
-        number = float(value) if _NUMBER.fullmatch(value) else math.nan
+        # \s matches more than float() ignores.
+        number = float(value.strip()) if _NUMBER.fullmatch(value) else math.nan
         return number if math.isfinite(number) else math.nan
     if not _DATE.fullmatch(value):
         return math.nan

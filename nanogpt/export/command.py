@@ -68,10 +68,11 @@ def run(config: ExportConfig) -> int:
     check_combination(config.format, config.quantize, output)
     if output.exists() and Path(config.model).exists() and output.samefile(config.model):
         raise UsageError(f"--output {output} is the --model itself: give it another name")
-    if config.format == "hf" and output.resolve() in Path(config.model).resolve().parents:
+    place, model_place = (Path(os.path.realpath(each)) for each in (output, config.model))
+    if config.format == "hf" and place in model_place.parents:
         raise UsageError(f"--output {output} is replaced, and the --model lies in it: give another")
     # Where a link leads to, because that is what is written.
-    checkpoint.check_writable(Path(os.path.realpath(output)))
+    checkpoint.check_writable(place)
     model, _ = checkpoint.load(config.model)
     say = partial(print, file=sys.stderr, flush=True)
     with terminable():

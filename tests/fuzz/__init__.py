@@ -1,0 +1,1 @@
+"""Random damage to small inputs, for every reader: `make fuzz`."""
