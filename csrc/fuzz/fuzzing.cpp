@@ -202,12 +202,12 @@ namespace {
 
 constexpr unsigned slow_seconds = 20;
 
-// The input that is being run and where it goes if it is the last.
+// The input that is being run and where it goes if it is the last; nowhere where it is a file.
 const Bytes* current;
 std::string artifact;
 
 void save_current() {
-  if (current != nullptr) {
+  if (current != nullptr && !artifact.empty()) {
     const Bytes* const input = std::exchange(current, nullptr);
     std::ofstream(artifact, std::ios::binary)
         .write(reinterpret_cast<const char*>(input->data()),
@@ -299,7 +299,6 @@ void run_mutants(const Options& options, const std::vector<Bytes>& seeds) {
 
 int main_loop(int count, char** arguments) {
   const Options options = options_of(count, arguments);
-  artifact = options.prefix + "crash-" + std::to_string(options.seed);
   if (__sanitizer_set_death_callback != nullptr) {
     __sanitizer_set_death_callback(save_current);
   }
@@ -310,6 +309,7 @@ int main_loop(int count, char** arguments) {
   for (const std::filesystem::path& path : options.paths) {
     if (std::filesystem::is_directory(path)) {
       mutants = true;
+      artifact = options.prefix + "crash-" + std::to_string(options.seed);
       for (const auto& entry : std::filesystem::directory_iterator(path)) {
         seeds.push_back(contents(entry.path()));
       }
