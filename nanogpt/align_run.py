@@ -19,13 +19,13 @@ import torch
 from nanogpt import metadata
 from nanogpt.config import AdvancedConfig
 from nanogpt.data import prepare
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, NanoGPTError
 from nanogpt.machine import versions
 from nanogpt.model import GPT
 from nanogpt.plan import choose_kernels, find_start, make_identity, run_path
 from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
-from nanogpt.run_directory import RunDirectory, json_ready
+from nanogpt.run_directory import Checkpoint, RunDirectory, json_ready
 from nanogpt.saver import Saver
 from nanogpt.self_align import (
     FitConfig,
@@ -87,7 +87,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
                 say(f"this run is finished, in {folder.path} (--resume never trains anew)")
             else:
                 say(f"going on after round {len(trainer.rounds) - 1}")
-        return run.carry_out(trainer, output)
+        return run.carry_out(trainer, output, start)
 
 
 def _original_text(
@@ -168,9 +168,9 @@ class _Run:
         self.terms, self.held_out = split_terms(terms, seed=config.seed)
         self.started, self.earlier = time.monotonic(), 0.0
 
-    def carry_out(self, trainer: SelfAlignTrainer, output: Path) -> int:
+    def carry_out(self, trainer: SelfAlignTrainer, output: Path, start: Checkpoint | None) -> int:
         """Rounds until it stops by itself; every one is saved."""
-        with Saver(self.folder, None, self.say, unit="round") as saver:
+        with Saver(self.folder, start, self.say, unit="round") as saver:
             self._go_on(trainer, saver)
         return self._leave(trainer, output)
 
@@ -182,6 +182,10 @@ class _Run:
                     trainer.step()
                 except (KeyboardInterrupt, SystemExit):
                     number = len(trainer.rounds)
+                    if number and not saver.has(number):
+                        raise NanoGPTError(
+                            f"stopped, and the last round is not saved: {saver.goes_on()}"
+                        ) from None
                     done = f"saved after round {number - 1}" if number else "nothing was done yet"
                     self.say(f"{done}; the same command goes on from here")
                     raise
@@ -238,7 +242,6 @@ class _Run:
         state = {
             "finished": trainer.stopped is not None,
             "seconds": self._seconds,
-            "journals": self.folder.journal_sizes(),
         }
         model = trainer.policy.model  # type: ignore[attr-defined]
         # A number of its own for what is saved without a new round: that it has stopped.

@@ -8,6 +8,7 @@ check sums.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import io
@@ -38,6 +39,9 @@ _OF_TENSORS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )
 _SAFETENSORS_KEY = "nanogpt"
+# Asking for it sets it, which two threads must not do at once.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 # A temporary file is younger for as long as its writer has not locked it yet.
 _LEFT_OVER_SECONDS = 60
 
@@ -343,9 +347,7 @@ def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], str]]:
     try:
         with os.fdopen(handle, "wb") as file:
             _is_ours_alone(file)  # until it is closed: it is not left over
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # mkstemp's own files are private
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # mkstemp's own files are private
             yield file, temporary
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -383,5 +385,8 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not do this for folders
+            raise
     finally:
         os.close(handle)

@@ -599,6 +599,10 @@ class _Training:
                     self._event(bar, f"{signal.Signals(received[0]).name} ended it early")
                     if not self.saver.has(trainer.progress.step):
                         self._save(is_best=False)
+                if not self.saver.has(trainer.progress.step):
+                    raise NanoGPTError(
+                        f"stopped, and the last steps are not saved: {self.saver.goes_on()}"
+                    )
                 return self.model, self._state(), signal.Signals(received[0])
         return self.saver.best().to(self.run.plan.device), self._state(), None
 
@@ -659,8 +663,7 @@ class _Training:
         }
 
     def _save(self, is_best: bool) -> None:
-        state = {**self._state(), "journals": self.folder.journal_sizes()}
-        step = self.trainer.progress.step
+        step, state = self.trainer.progress.step, self._state()
         self.saver.save(step, self.model, self.trainer.state(), state, is_best=is_best)
 
 

@@ -12,7 +12,6 @@ A checkpoint is a folder that appears whole: written beside its place, every fil
 manifest with sizes and SHA-256 last, then renamed. The newest that verifies counts.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -27,15 +26,20 @@ from typing import IO, Any
 
 import torch
 
-from nanogpt import checkpoint, metadata
+from nanogpt import checkpoint, journal, metadata
 from nanogpt.errors import InputError, NanoGPTError, UsageError
+from nanogpt.journal import Journal
 from nanogpt.model import GPT
 
 MANIFEST = "manifest.json"
 _FILES = {"model.safetensors", "best.safetensors", "trainer.pt", "state.json"}
 _KEPT = 2
 _PAGES = ("report.html", "report.json", "findings.json")
+_ASIDE = ".aside.tmp"
 _DELIVERED = "delivered.json"
+_IDENTITY = {"identity", "choices", "kernels", "versions"}
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading damaged JSON raises."""
 _JOURNALS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
@@ -72,7 +76,8 @@ class RunDirectory:
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path, self.warn = path, warn
         self._lock: IO[str] | None = None
-        self._journals: dict[str, IO[bytes]] = {}
+        self._journals: dict[str, Journal] = {}
+        self._verified: set[str] = set()
 
     def __enter__(self) -> "RunDirectory":
         self._refuse_links()
@@ -85,14 +90,26 @@ class RunDirectory:
             raise UsageError(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}") from None
+        except OSError as error:
+            self.warn(
+                f"note: the file system of {self.path} has no locks ({error.strerror}): nothing "
+                f"keeps a second process from training in it"
+            )
         self._sweep()
         return self
 
     def _sweep(self) -> None:
-        """Remove what a process that was killed has begun to write."""
+        """Remove what a process that was killed has begun to write.
+
+        A checkpoint that was put aside for another of its step, which never came, is taken back.
+        """
+        for aside in (self.path / "checkpoints").glob(f".*{_ASIDE}"):
+            final = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+            if not final.exists():
+                aside.rename(final)
         for folder in (self.path, self.path / "checkpoints"):
             for left in folder.glob(".*.tmp"):
                 if left.is_dir():
@@ -101,8 +118,8 @@ class RunDirectory:
                     left.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
-        for file in self._journals.values():
-            file.close()
+        for opened in self._journals.values():
+            opened.close()
         self._journals.clear()
         if self._lock is not None:
             self._lock.close()
@@ -139,8 +156,10 @@ class RunDirectory:
             return None
         try:
             content = json.loads(path.read_bytes())
-            whole = content.pop("sha256") == _digest_of(content)
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+            # The first runs had no check sum, and nothing else either.
+            unsealed = content.keys() <= _IDENTITY
+            whole = unsealed or content.pop("sha256") == _digest_of(content)
+        except _DAMAGED:
             whole = False
         if not whole or not isinstance(content.get("identity"), dict):
             raise InputError(f"{path} is damaged: train with another --run-dir or --resume never")
@@ -172,7 +191,13 @@ class RunDirectory:
 
     def has_delivered(self, output: Path) -> bool:
         """Whether this run has written its model there, and a file is there still."""
-        return output.exists() and str(output.absolute()) in self._delivered()
+        delivered = self._delivered()
+        if not output.exists() or delivered is None:
+            return False
+        digest = delivered.get(str(output.absolute()))
+        if digest is not None and digest != _file_digest(output):
+            self.warn(f"note: {output} was changed after this run wrote it, and stays as it is")
+        return digest is not None
 
     def deliver(self, model: GPT, output: Path) -> bool:
         """Write the finished run's model where --output says.
@@ -183,41 +208,51 @@ class RunDirectory:
         if self.has_delivered(output):
             return False
         checkpoint.write_output(model, output)
-        outputs = sorted({*self._delivered(), str(output.absolute())})
-        self.write(_DELIVERED, json.dumps({"outputs": outputs}, indent=1))
+        outputs = {**(self._delivered() or {}), str(output.absolute()): _file_digest(output)}
+        content = {"outputs": outputs}
+        sealed = {**content, "sha256": _digest_of(content)}
+        self.write(_DELIVERED, json.dumps(sealed, indent=1, sort_keys=True))
         return True
 
-    def _delivered(self) -> list[str]:
+    def _delivered(self) -> dict[str, str] | None:
+        """Where the model has been written, with the SHA-256 of each file; None for nowhere."""
+        path = self.path / _DELIVERED
+        if not path.exists():
+            return None
         try:
-            content = json.loads((self.path / _DELIVERED).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return []
-        outputs = content.get("outputs") if isinstance(content, dict) else None
-        return [each for each in outputs or () if isinstance(each, str)]
+            content = json.loads(path.read_bytes())
+            whole = content.pop("sha256") == _digest_of(content)
+        except (OSError, *_DAMAGED):
+            whole = False
+        if whole:
+            return dict(content["outputs"])
+        self.warn(f"{path} is damaged: the model is written again")
+        return None
 
     # Journals: files of one JSON object a line, cut back to the checkpoint on resume.
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line to a journal."""
-        file = self._journals.get(name)
-        if file is None:
-            file = self._journals[name] = (self.path / name).open("ab")
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        file.flush()
+        """Add a line to a journal; where the disk is full it waits for the next checkpoint."""
+        try:
+            opened = self._journals.get(name)
+            if opened is None:
+                opened = self._journals[name] = Journal(self.path / name)
+            opened.append(record)
+        except OSError as error:
+            reason = error.strerror or error
+            self.warn(f"WARNING: {self.path / name} cannot be written now: {reason}")
 
     def journal(self, name: str) -> list[dict[str, Any]]:
         """All records of a journal; a line cut short by a crash is left out."""
-        path = self.path / name
-        if not path.exists():
-            return []
-        records = []
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict)]
+        return journal.read(self.path / name)
 
     def journal_sizes(self) -> dict[str, int]:
-        """Bytes of every journal; they go into the checkpoint, which makes them durable."""
+        """Bytes of every journal; they go into the checkpoint, which makes them durable.
+
+        Raises: OSError where lines cannot be written.
+        """
+        for opened in self._journals.values():
+            opened.flush()
         paths = {name: self.path / name for name in _JOURNALS}
         return {name: p.stat().st_size if p.exists() else 0 for name, p in paths.items()}
 
@@ -225,8 +260,11 @@ class RunDirectory:
         """Forget what was written after a checkpoint, so that no line is repeated."""
         for name in _JOURNALS:
             path = self.path / name
-            if path.exists():
-                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+            size, wanted = path.stat().st_size if path.exists() else 0, sizes.get(name, 0)
+            if size > wanted:
+                os.truncate(path, wanted)
+            elif size < wanted:
+                self.warn(f"WARNING: {path} has lost {wanted - size:,} bytes of its lines")
 
     # Checkpoints.
 
@@ -248,8 +286,8 @@ class RunDirectory:
         """
         if shutil.disk_usage(self.path).free < _bytes_of(model) + _bytes_of(trainer):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        for file in list(self._journals.values()):
-            os.fsync(file.fileno())
+        for opened in list(self._journals.values()):
+            opened.sync()
         checkpoint.fsync(self.path)
         parent = self.path / "checkpoints"
         final = parent / f"{step:08d}"
@@ -273,7 +311,9 @@ class RunDirectory:
             _write_synced(temporary / MANIFEST, lambda file: file.write(raw))
             checkpoint.fsync(temporary)
             if final.exists():
-                shutil.rmtree(final)
+                aside = parent / f".{step:08d}{_ASIDE}"
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
             temporary.rename(final)
             checkpoint.fsync(parent)
         except BaseException:
@@ -282,15 +322,36 @@ class RunDirectory:
         problem = _problem_with(final)
         if problem:
             raise OSError(f"the checkpoint {final} was not written as it should be: {problem}")
-        for old in self._folders()[_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._verified.add(final.name)
+        self._drop_others(step)
         return Checkpoint(final, {**state, "step": step})
+
+    def _drop_others(self, step: int) -> None:
+        """Keep this checkpoint and the newest before it that verifies, and no other."""
+        shutil.rmtree(self.path / "checkpoints" / f".{step:08d}{_ASIDE}", ignore_errors=True)
+        kept = 1
+        for folder in self._folders():
+            number = int(folder.name)
+            if number == step:
+                continue
+            # Of later ones the run has gone another way: they were damaged when it began.
+            if number < step and kept < _KEPT and self._verifies(folder):
+                kept += 1
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _verifies(self, folder: Path) -> bool:
+        """Whether a checkpoint is whole; looked at once."""
+        if folder.name not in self._verified and _problem_with(folder) is None:
+            self._verified.add(folder.name)
+        return folder.name in self._verified
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; says which were passed over and why."""
         for folder in self._folders():
             problem = _problem_with(folder)
             if problem is None:
+                self._verified.add(folder.name)
                 return Checkpoint(folder, json.loads((folder / "state.json").read_bytes()))
             self.warn(f"passed over the checkpoint {folder}: {problem}")
         return None
@@ -379,7 +440,7 @@ def _problem_with(folder: Path) -> str | None:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except _DAMAGED:
         return "its manifest is damaged"
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} cannot be read: {error.strerror}"

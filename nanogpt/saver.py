@@ -39,11 +39,11 @@ class Saver:
     ) -> None:
         self._folder, self._warn, self._unit = folder, warn, unit
         self._best: Snapshot | Path | None = None
+        self._written: int | None = None
         if start is not None:
-            self._best = start.folder / "best.safetensors"
+            self._best, self._written = start.folder / "best.safetensors", start.state["step"]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._written: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -73,18 +73,25 @@ class Saver:
         """Copy everything as it is now and have it written.
 
         Args:
-            trainer, state: see `RunDirectory.save`.
+            trainer, state: see `RunDirectory.save`; the sizes of the journals are added here.
             is_best: whether the model is better than those before it; the first one always is.
         """
         self.wait()
-        taken = checkpoint.snapshot(model)
-        copies = _copied(trainer), _copied(state)
-        self._writing = self._thread.submit(self._write, step, taken, *copies, is_best)
+        best = self._best
+        try:
+            taken = checkpoint.snapshot(model)
+            best = taken if is_best or best is None else best
+            whole = {**state, "journals": self._folder.journal_sizes()}
+            copies = _copied(trainer), _copied(whole)
+        except (OSError, MemoryError) as error:
+            self._failed(step, best, error)
+            return
+        self._writing = self._thread.submit(self._write, step, taken, *copies, best)
 
     def wait(self) -> None:
         """Return once everything is written or has failed.
 
-        Raises: what went wrong in writing, unless it is an OSError.
+        Raises: what went wrong in writing, unless it is an OSError or a MemoryError.
         """
         if self._writing is not None:
             self._writing.result()
@@ -92,8 +99,19 @@ class Saver:
 
     def has(self, step: int) -> bool:
         """Whether the latest checkpoint is of this step and was written."""
+        return self.written == step
+
+    @property
+    def written(self) -> int | None:
+        """The step of the latest checkpoint that was written, by this process or before it."""
         self.wait()
-        return self._written == step
+        return self._written
+
+    def goes_on(self) -> str:
+        """Where the same command would go on, as the end of a sentence."""
+        if self.written is None:
+            return "the same command begins anew"
+        return f"the same command goes on from {self._unit} {self._written:,}"
 
     def best(self) -> GPT:
         """The best model so far, in evaluation mode, on the CPU; there has been a save."""
@@ -103,15 +121,21 @@ class Saver:
             return self._best.to_model()
         return checkpoint.load(self._best)[0]
 
-    def _write(self, step: int, model: Snapshot, trainer: Any, state: Any, is_best: bool) -> None:
-        best = model if is_best or self._best is None else self._best
+    def _write(
+        self, step: int, model: Snapshot, trainer: Any, state: Any, best: Snapshot | Path
+    ) -> None:
         try:
             saved = self._folder.save(step, model, trainer, state, best)
             self._best, self._written = saved.folder / "best.safetensors", step
-        except OSError as error:
-            self._best = best
-            reason = error.strerror or error
-            self._warn(f"WARNING: the checkpoint of {self._unit} {step:,} failed: {reason}")
+        except (OSError, MemoryError) as error:
+            self._failed(step, best, error)
+
+    def _failed(
+        self, step: int, best: Snapshot | Path | None, error: OSError | MemoryError
+    ) -> None:
+        self._best = best
+        reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
+        self._warn(f"WARNING: the checkpoint of {self._unit} {step:,} failed: {reason}")
 
 
 def _copied(value: Any) -> Any:

@@ -168,8 +168,8 @@ def _train(
             reporter.scalars(row)
             if evaluate_now:
                 _write_sample(plan, trainer, folder, reporter)
-                _save_checkpoint(trainer, folder, saver)
-                reporter.write(position, "running")
+                _save_checkpoint(trainer, saver)
+                _show_so_far(reporter, position, bar)
         position.seconds = earlier_seconds + time.monotonic() - started
         if received and not position.finished:
             name = signal.Signals(received[0]).name
@@ -177,7 +177,7 @@ def _train(
                 folder, bar, position.step, "interrupted", f"{name} after {position.step:,} steps"
             )
             if not saver.has(position.step):
-                _save_checkpoint(trainer, folder, saver)
+                _save_checkpoint(trainer, saver)
             return received[0]
     return None
 
@@ -268,9 +268,16 @@ def _sample(model: GPT, device: torch.device, config: TrainConfig) -> str:
     return tokenizer.decode(out[0].tolist())
 
 
-def _save_checkpoint(trainer: Trainer, folder: RunDirectory, saver: Saver) -> None:
+def _show_so_far(reporter: Reporter, position: Position, bar: TrainingProgress) -> None:
+    try:
+        reporter.write(position, "running")
+    except OSError as error:
+        bar.say(f"WARNING: the report cannot be written now: {error.strerror or error}")
+
+
+def _save_checkpoint(trainer: Trainer, saver: Saver) -> None:
     position = trainer.position
-    state = {"position": dataclasses.asdict(position), "journals": folder.journal_sizes()}
+    state = {"position": dataclasses.asdict(position)}
     is_best = position.best_step == position.step
     saver.save(position.step, trainer.model, trainer.state(), state, is_best=is_best)
 
@@ -337,11 +344,13 @@ def _finish(
     if position.best_val_loss is not None:
         summary["val_bits_per_byte"] = plan.bits_per_byte(position.best_val_loss)
     if stopped_by is not None:
+        if not saver.has(position.step):
+            raise NanoGPTError(f"stopped, and the last steps are not saved: {saver.goes_on()}")
         say(f"saved after {position.step:,} steps; the same command goes on from here")
     else:
         best = saver.best()
-        folder.deliver(best, output)
-        say(f"wrote {output}: the best model, of step {position.best_step:,}")
+        if folder.deliver(best, output):
+            say(f"wrote {output}: the best model, of step {position.best_step:,}")
         say(f"report: {report}")
         if config.sample_tokens and not config.json:
             print(_sample(best.to(plan.device), plan.device, config))

@@ -49,7 +49,8 @@ ALLOWED = {
     "data": {"errors", "tokenizer"},
     "checkpoint": MODEL,
     "machine": {"errors", "kernels"},
-    "run_directory": MODEL | {"checkpoint"},
+    "journal": set(),
+    "run_directory": MODEL | {"checkpoint", "journal"},
     "saver": MODEL | {"checkpoint", "run_directory"},
     "progress": set(),
     "interruption": set(),
@@ -89,6 +90,7 @@ ALLOWED = {
 }
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
+    "journal",
     "reward_data",
     "terms",
     "text_measures",

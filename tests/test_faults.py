@@ -9,10 +9,11 @@ import pytest
 import torch
 from faults import crash_points, damage, kills, lost_writes
 
-from nanogpt import trainer
+from nanogpt import saver, trainer
 from nanogpt.errors import UsageError
 from nanogpt.interruption import terminable
 from nanogpt.model import GPT
+from nanogpt.run_directory import RunDirectory
 
 
 def test_damaged_files_are_refused_or_unharmed():
@@ -156,6 +157,28 @@ def test_the_restarts_see_dropout_that_forgets_its_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "seed_dropout", lambda *_: torch.manual_seed(next(lived)))
     report = kills.restarts(tmp_path, 2, names=("dropout",), most_of_a_run=2)
     assert any("another model" in each for each in report.failures)
+
+
+def test_the_harness_sees_a_signal_that_saves_nothing(tmp_path, monkeypatch):
+    """A run that exits with the right code, but forgets what it has done."""
+    monkeypatch.setattr(saver.Saver, "has", lambda *_: True)
+    report = kills.restarts(tmp_path, 4, names=("plain",), seed=2)
+    assert any("is what was saved" in each for each in report.failures)
+
+
+def test_the_harness_sees_a_run_that_begins_anew(tmp_path, monkeypatch):
+    """The end is the same, but what was committed was not used."""
+    monkeypatch.setattr(RunDirectory, "newest", lambda self: None)
+    report = kills.restarts(tmp_path, 3, names=("plain",), most_of_a_run=3)
+    assert any("did not go on from" in each for each in report.failures)
+
+
+def test_the_harness_sees_that_one_checkpoint_of_two_is_lost():
+    assert kills._lost(["00000004", "00000008"], ["00000008"]) == ["00000004"]
+    assert kills._lost(["00000004", "00000008"], ["00000008", "00000012"]) == []
+    assert kills._lost(["00000004", "00000008"], ["00000012"]) == ["00000004", "00000008"]
+    assert kills._lost(["fold-1", "order"], ["order"]) == ["fold-1"]
+    assert kills._lost([], ["00000004"]) == []
 
 
 @needs_strace

@@ -18,6 +18,7 @@ from nanogpt import checkpoint
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
 from nanogpt.plan import first_difference
+from nanogpt.run_directory import RunDirectory
 from nanogpt.trainer import evaluate, overfits
 
 SMALL = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
@@ -221,7 +222,8 @@ def test_a_finished_run_writes_over_an_older_file_but_not_over_what_became_of_it
     checkpoint.save(older, "gpt.pth")  # now somebody's own
     outcome = train(*flags)
     assert outcome.code == 0
-    assert "wrote" not in outcome.err
+    assert "wrote gpt.pth" not in outcome.err
+    assert "gpt.pth was changed after this run wrote it, and stays as it is" in outcome.err
     assert Path("gpt.pth").read_bytes() != trained
     # Another name is another file, whatever stands there.
     Path("other.pth").write_bytes(b"something")
@@ -277,8 +279,6 @@ def test_a_folder_with_other_things_is_not_taken_for_a_run(train, text_file):
 
 
 def test_two_trainings_in_one_directory_are_refused(train, text_file):
-    from nanogpt.run_directory import RunDirectory
-
     with RunDirectory(Path("run"), warn=print):
         outcome = train("--text", text_file, "--max-steps", 4, "--run-dir", "run")
     assert outcome.code == 2
@@ -329,8 +329,6 @@ def test_a_run_that_only_diverges_ends_with_a_sentence(train, text_file, monkeyp
 
 
 def test_a_failed_checkpoint_leaves_the_run_going_on(train, text_file, monkeypatch):
-    from nanogpt.run_directory import RunDirectory
-
     real = RunDirectory.save
 
     def fail_once(self, step, *rest):
@@ -343,6 +341,41 @@ def test_a_failed_checkpoint_leaves_the_run_going_on(train, text_file, monkeypat
     assert outcome.code == 0
     assert "WARNING: the checkpoint of step 4 failed" in outcome.err
     assert Path("gpt.pth").exists()
+
+
+def test_a_run_that_could_not_save_does_not_say_that_it_has(train, text_file, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "save", fail)
+    real = train_module.optimizer_step
+
+    def stepping(plan, trainer, model, windows):
+        if trainer.position.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(plan, trainer, model, windows)
+
+    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    outcome = train("--text", text_file, "--max-steps", 8)
+    assert outcome.code == 1
+    assert "the last steps are not saved: the same command begins anew" in outcome.err
+    assert "saved after" not in outcome.err
+
+
+def test_a_report_that_does_not_fit_on_the_disk_ends_nothing(train, text_file, monkeypatch):
+    real, calls = RunDirectory.write_report, []
+
+    def write_report(self, html):
+        calls.append(len(html))
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(self, html)
+
+    monkeypatch.setattr(RunDirectory, "write_report", write_report)
+    outcome = train("--text", text_file, "--max-steps", 4)
+    assert outcome.code == 0
+    assert "WARNING: the report cannot be written now: No space left" in outcome.err
+    assert len(calls) > 2
 
 
 def test_the_alarm_needs_validation_to_rise_while_training_falls():

@@ -2,8 +2,10 @@
 
 Every configuration is run once without interruption. Then the same command is started in forked
 processes, which are killed or stopped, and started again until it finishes: the model file must be
-the same bit by bit, the metrics and samples the same line by line without a gap or a repeat, and no
-checkpoint that was there before a kill may be missing after it.
+the same bit by bit, the metrics and samples the same line by line without a gap or a repeat. After
+each interruption no checkpoint that verified may be missing but for those that two newer ones
+replace, a process that was told to end has saved the step that it was in and ends with the signal's
+code, and the next process goes on from the newest checkpoint.
 """
 
 import json
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt import checkpoint, cli, offline_rl, train
+from nanogpt.run_directory import _problem_with
 
 _CPU = ["--threads", "1", "--device", "cpu"]
 _TINY = [
@@ -96,6 +99,7 @@ def _start(arguments: list[str], log: Path, prepare: Callable[[], None] | None =
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         checkpoint._LEFT_OVER_SECONDS = -1
         if prepare is not None:
             prepare()
@@ -126,12 +130,20 @@ def _outcome(place: Path) -> dict[str, Any]:
     return left
 
 
-def _committed(run: Path) -> set[str]:
-    """Checkpoints that are complete; of explore, models that are kept."""
-    folder = run / "run" / "checkpoints"
+def _committed(place: Path) -> list[str]:
+    """Checkpoints that verify, by their names; of explore, models that are kept."""
+    folder = place / "run" / "checkpoints"
     if not folder.is_dir():
-        return set()
-    return {each.name for each in folder.iterdir() if not each.name.startswith(".")}
+        return []
+    found = [each for each in folder.iterdir() if not each.name.startswith(".")]
+    return sorted(each.name for each in found if each.is_file() or _problem_with(each) is None)
+
+
+def _lost(before: list[str], after: list[str]) -> list[str]:
+    """What was committed before, and is neither there now nor replaced by two newer ones."""
+    numbered = all(name.isdigit() for name in (*before, *after))
+    kept = after[-2:] if numbered and len(after) >= 2 else []
+    return [name for name in before if name not in after and not (kept and name < kept[0])]
 
 
 @dataclass
@@ -178,7 +190,22 @@ class _Whole:
     steps: int
 
 
-Interrupt = Callable[["_Task", str, np.random.Generator, int], tuple[int, int]]
+@dataclass
+class _Stop:
+    """How a process was interrupted.
+
+    Attributes:
+        code: its exit code, negative for the signal that ended it.
+        number: the signal.
+        steps: optimizer steps that it had done, where that is known.
+    """
+
+    code: int
+    number: int
+    steps: int = 0
+
+
+Interrupt = Callable[["_Task", str, np.random.Generator, int], _Stop]
 
 
 @dataclass
@@ -279,18 +306,18 @@ def _hook(before_step: Callable[[int], None]) -> None:
     trainer.step = counting(trainer.step)
 
 
-def _killed(task: _Task, name: str, rng: np.random.Generator, at: int) -> tuple[int, int]:
-    """Run until a random moment: the exit code, and 0 steps known."""
+def _killed(task: _Task, name: str, rng: np.random.Generator, at: int) -> _Stop:
+    """Run until a random moment."""
     place = _place(task, name, at)
     child = _start(_command(name, task.folder, place), place / "log.txt")
     time.sleep(float(rng.uniform(0, task.whole[name].seconds)))
     number = SIGNALS[int(rng.integers(2))] if rng.random() < 0.1 else signal.SIGKILL
     os.kill(child, number)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0
+    return _Stop(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), number)
 
 
-def _stopped(task: _Task, name: str, rng: np.random.Generator, at: int) -> tuple[int, int]:
-    """Run for a random number of steps: the exit code, and that number."""
+def _stopped(task: _Task, name: str, rng: np.random.Generator, at: int) -> _Stop:
+    """Run for a random number of steps."""
     place = _place(task, name, at)
     steps = int(rng.integers(1, 2 + task.whole[name].steps // 3))
     number = SIGNALS[int(rng.integers(len(SIGNALS)))]
@@ -300,7 +327,7 @@ def _stopped(task: _Task, name: str, rng: np.random.Generator, at: int) -> tuple
             os.kill(os.getpid(), number)
 
     code = _run(_command(name, task.folder, place), place / "log.txt", lambda: _hook(stop))
-    return code, steps
+    return _Stop(code, number, steps)
 
 
 def _place(task: _Task, name: str, at: int) -> Path:
@@ -337,30 +364,50 @@ def _outcome_or_none(place: Path, what: str) -> Any:
 def _go_through(report: Report, task: _Task, name: str, rng: np.random.Generator, at: int) -> bool:
     """One run to its end; every interruption counts in the report. False where it failed."""
     place = _place(task, name, at)
-    before: set[str] = set()
     step = 0
     for _ in range(task.most_of_a_run):
-        code, steps = task.interrupt(task, name, rng, at)
-        step += steps
-        if code == 0:
+        before, told = _committed(place), _size(place / "log.txt")
+        stop = task.interrupt(task, name, rng, at)
+        step += stop.steps
+        if stop.code == 0:
+            _check_start(report, name, place, before, told)
             return True
-        if code not in _ENDS:
-            report.fail(name, f"exit code {code}: {_last_line(place / 'log.txt')}")
+        noted = stop.code == 128 + stop.number
+        # In its first moments a process knows no signals yet.
+        unprepared = stop.code == -stop.number and not stop.steps
+        if not (noted or unprepared):
+            report.fail(name, f"exit code {stop.code}: {_last_line(place / 'log.txt')}")
             return False
         report.rows[name]["interruptions"] += 1
-        if steps:
-            report.points.add((name, step))
         after = _committed(place)
-        if max(before, default="") > max(after, default=""):
-            report.fail(name, f"{max(before)} was committed and is lost")
-        before = after
+        lost = _lost(before, after)
+        if lost:
+            report.fail(name, f"{lost[-1]} was committed and is lost")
+        if stop.steps:
+            report.points.add((name, step))
+            if name in TRAINED and int(max(after, default="0")) != step:
+                report.fail(name, f"stopped in step {step}, but {after} is what was saved")
+            _check_start(report, name, place, before, told)
+    before, told = _committed(place), _size(place / "log.txt")
     code = _run(_command(name, task.folder, place), place / "log.txt")
     if code:
         report.fail(name, f"exit code {code}: {_last_line(place / 'log.txt')}")
+    _check_start(report, name, place, before, told)
     return code == 0
 
 
-_ENDS = {-signal.SIGKILL} | {-each for each in SIGNALS} | {128 + each for each in SIGNALS}
+def _check_start(report: Report, name: str, place: Path, before: list[str], told: int) -> None:
+    """Whether a process that has come so far went on from the newest checkpoint."""
+    if not before or name not in TRAINED:
+        return
+    said = (place / "log.txt").read_bytes()[told:].decode(errors="replace")
+    newest = int(before[-1])
+    if f"going on from step {newest:,}" not in said and "is finished" not in said:
+        report.fail(name, f"it did not go on from step {newest}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _last_line(log: Path) -> str:

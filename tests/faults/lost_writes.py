@@ -651,3 +651,15 @@ def _resume(report: Report, recording: Recording, place: Path, disk: Disk, what:
     for part, expected in recording.outcome.items():
         if kills._outcome_or_none(place, part) != expected:
             report.failures.append(f"{what}: another {part} after going on")
+    if (place / "run").exists():
+        _change_the_output(report, recording, place, what)
+
+
+def _change_the_output(report: Report, recording: Recording, place: Path, what: str) -> None:
+    """What a user makes of the model file stays when the finished command is given again."""
+    model = place / "model.safetensors"
+    checkpoint.save(tiny_model(6), model)
+    changed = model.read_bytes()
+    code = kills._run(_command(recording.name, recording.data, place), recording.data / "log.txt")
+    if code or model.read_bytes() != changed:
+        report.failures.append(f"{what}: the user's file was replaced by the finished run ({code})")
