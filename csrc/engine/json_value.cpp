@@ -64,7 +64,7 @@ const json& member_of(const json& object, const char* name, const std::string& w
 std::string text_in(const json& object, const char* name, const std::string& where) {
   const json& value = member_of(object, name, where);
   if (!value.is_string()) {
-    throw InputError(shown(name) + " of " + where + " is not a text");
+    throw InputError(where + " has a " + shown(name) + " that is not a text");
   }
   return value.get<std::string>();
 }
@@ -72,7 +72,7 @@ std::string text_in(const json& object, const char* name, const std::string& whe
 bool truth_in(const json& object, const char* name, const std::string& where) {
   const json& value = member_of(object, name, where);
   if (!value.is_boolean()) {
-    throw InputError(shown(name) + " of " + where + " is neither true nor false");
+    throw InputError(where + " has a " + shown(name) + " that is neither true nor false");
   }
   return value.get<bool>();
 }
@@ -80,24 +80,24 @@ bool truth_in(const json& object, const char* name, const std::string& where) {
 const json& object_in(const json& object, const char* name, const std::string& where) {
   const json& value = member_of(object, name, where);
   if (!value.is_object()) {
-    throw InputError(shown(name) + " of " + where + " is not an object");
+    throw InputError(where + " has a " + shown(name) + " that is not an object");
   }
   return value;
 }
 
 int64_t whole_in(const json& object, const char* name, const std::string& where) {
-  return whole(member_of(object, name, where), shown(name) + " of " + where);
+  return whole(member_of(object, name, where), where + " has a " + shown(name) + " that");
 }
 
 std::vector<int64_t> shape_in(const json& object, const std::string& where) {
   constexpr size_t most = 8;
   const json& value = member_of(object, "shape", where);
   if (!value.is_array() || value.size() > most) {
-    throw InputError("'shape' of " + where + " is not a list of sizes");
+    throw InputError(where + " has a 'shape' that is not a list of sizes");
   }
   std::vector<int64_t> shape;
   for (const json& size : value) {
-    shape.push_back(whole(size, "'shape' of " + where));
+    shape.push_back(whole(size, where + " has a size in its 'shape' that"));
   }
   return shape;
 }

@@ -83,7 +83,7 @@ Description read_description(std::string_view text, const std::string& where) {
   }
   if (tokenizer->value != "null") {
     if (tokenizer->value.front() != '{') {
-      throw InputError("'tokenizer' of " + where + " is not an object");
+      throw InputError(where + " has a 'tokenizer' that is not an object");
     }
     description.tokenizer = std::string(tokenizer->value);
   }
@@ -97,7 +97,7 @@ Description read_description(std::string_view text, const std::string& where) {
 
 Config read_config(const json& description, const std::string& where) {
   const json& fields = object_in(description, "config", where);
-  const std::string called = "'config' of " + where;
+  const std::string called = where + "'s configuration";
   check_names(fields,
               {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"},
               called);
@@ -110,7 +110,7 @@ Config read_config(const json& description, const std::string& where) {
   config.bias = truth_in(fields, "bias", called);
   const json& dropout = member_of(fields, "dropout", called);
   if (!dropout.is_number() || !(dropout.get<double>() >= 0.0 && dropout.get<double>() < 1.0)) {
-    throw InputError("'dropout' of " + called + " is not at least 0 and below 1");
+    throw InputError(called + " has a 'dropout' that is not at least 0 and below 1");
   }
   return config;
 }
@@ -121,7 +121,7 @@ std::optional<double> read_temperature(const json& description, const std::strin
     return std::nullopt;
   }
   if (!value.is_number() || !std::isfinite(value.get<double>()) || !(value.get<double>() > 0.0)) {
-    throw InputError("'calibration_temperature' of " + where + " is not a positive number");
+    throw InputError(where + " has a 'calibration_temperature' that is not a positive number");
   }
   return value.get<double>();
 }
@@ -237,7 +237,7 @@ void ModelFile::Content::open_archive() {
   tokenizer = std::move(description.tokenizer);
   quantization = text_in(description.value, "quantize", where);
   if (quantization != "none" && quantization != "bf16" && quantization != "int8") {
-    throw InputError("'quantize' of " + where + " is " + shown(quantization) +
+    throw InputError(where + " has a 'quantize' of " + shown(quantization) +
                      ", not none, bf16 or int8");
   }
   read_index(archive, object_in(description.value, "tensors", where), where);
@@ -248,7 +248,7 @@ void ModelFile::Content::read_index(const Archive& archive, const json& index,
   std::set<const ArchiveEntry*> used;
   for (const auto& item : index.items()) {
     const json& fields = item.value();
-    const std::string called = "tensor " + shown(item.key()) + " of " + where;
+    const std::string called = where + "'s entry of the tensor " + shown(item.key());
     Payload payload;
     payload.name = item.key();
     payload.record = text_in(fields, "record", called);
