@@ -730,6 +730,21 @@ EXPORTS = {
         "{path} is damaged: the tensor transformer.wte.weight has the shape (4, 5) "
         "instead of (5, 4)",
     ),
+    "an index with a calibration that is a text": Kind(
+        indexed(put("calibration_temperature", to="warm")),
+        "{path} is damaged: its extra/nanogpt.json has a 'calibration_temperature' that is not "
+        "a positive number",
+    ),
+    "an index with a bias that is a number": Kind(
+        indexed(put("config", "bias", to=1)),
+        "{path} is damaged: its extra/nanogpt.json's configuration has a 'bias' that is "
+        "neither true nor false",
+    ),
+    "an index with a size that is negative": Kind(
+        indexed(put("tensors", WTE, "shape", to=[-5, 4])),
+        "{path} is damaged: its extra/nanogpt.json's entry of the tensor "
+        "'transformer.wte.weight' has a size in its 'shape' that is not a whole number in range",
+    ),
     "an index with a type that is unknown": Kind(
         indexed(put("tensors", WTE, "dtype", to="float8")),
         "{path} is damaged: its tensor 'transformer.wte.weight' has the unknown dtype 'float8'",
