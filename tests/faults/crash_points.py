@@ -156,17 +156,23 @@ def _in_a_copy(
     os.close(hold)
     tracer = None
     if trace:
-        command = ["strace", "-f", "-p", str(child), "-e", trace, "-o", str(log or os.devnull)]
-        tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert tracer.stderr is not None
-        attached = tracer.stderr.readline()
-        assert "attached" in attached, attached
+        tracer = attach(child, "-e", trace, "-o", str(log or os.devnull))
     os.write(release, b".")
     os.close(release)
     _, status = os.waitpid(child, 0)
     if tracer is not None:
         tracer.communicate()
     return os.waitstatus_to_exitcode(status)
+
+
+def attach(child: int, *flags: str) -> "subprocess.Popen[str]":
+    """strace on a process and its threads; returns once it watches."""
+    command = ["strace", "-f", "-p", str(child), *flags]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    attached = tracer.stderr.readline()
+    assert "attached" in attached, attached
+    return tracer
 
 
 def _judge(

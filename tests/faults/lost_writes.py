@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from faults import kills
+from faults.crash_points import attach
 from faults.damage import PAGE, tiny_model
 from nanogpt import checkpoint, metadata
 from nanogpt.errors import NanoGPTError
@@ -397,12 +397,8 @@ def record(folder: Path, name: str, prepare: Callable[[], None] = lambda: None) 
 
     child = kills._start(_command(name, folder, place), folder / "log.txt", begin)
     os.close(hold)
-    command = ["strace", "-f", "-xx", "-s", "100000000", "-e", f"trace={','.join(_TRACED)}", "-o",
-               str(log), "-p", str(child)]  # fmt: skip
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert tracer.stderr is not None
-    attached = tracer.stderr.readline()
-    assert "attached" in attached, attached
+    trace = f"trace={','.join(_TRACED)}"
+    tracer = attach(child, "-xx", "-s", "100000000", "-e", trace, "-o", str(log))
     os.write(release, b".")
     os.close(release)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
