@@ -208,7 +208,7 @@ def test_a_disk_keeps_what_was_synced_and_any_part_of_the_rest():
     events = [names, lost_writes.Bytes(1, 0, b"ab"), lost_writes.Sync(1),
               lost_writes.Bytes(1, 2, b"cd"), lost_writes.Sync(0)]  # fmt: skip
     after = lost_writes.Disk({0: {"f": 1}}, {1: bytearray(b"abcd")})
-    recording = lost_writes.Recording(lost_writes.Disk(), after, events, {}, Path(), "")
+    recording = lost_writes.Recording(lost_writes.Disk(), after, events, {}, b"", Path(), "")
     found = {
         (what.split(",")[0], bytes(disk.files[1]) if "f" in disk.folders[0] else None)
         for disk, *_, what in lost_writes.disks_after_a_cut(

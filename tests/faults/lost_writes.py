@@ -357,6 +357,7 @@ class Recording:
         before, after: the disk; `after` has everything that was ever made.
         events: what the run did.
         outcome: what the run has left at its end.
+        config: the bytes of its config.yaml.
         data: the folder of its inputs.
         name: of the configuration.
     """
@@ -365,6 +366,7 @@ class Recording:
     after: Disk
     events: list[Event]
     outcome: dict[str, Any]
+    config: bytes
     data: Path
     name: str
 
@@ -408,7 +410,9 @@ def record(folder: Path, name: str, prepare: Callable[[], None] = lambda: None) 
     events = [*recorder.events, Mark("finished")]
     happened = read_disk(place).signature()
     assert recorder.live.signature() == happened, "the recording is not what happened"
-    return Recording(before, recorder.live, events, kills._outcome(place), folder, name)
+    config = place / "run" / "config.yaml"
+    raw = config.read_bytes() if config.exists() else b""
+    return Recording(before, recorder.live, events, kills._outcome(place), raw, folder, name)
 
 
 def _mark_what_is_told(marks: Path) -> None:
@@ -567,6 +571,8 @@ def run(
                 (folder / "disk").mkdir()
                 disk.write_out(folder / "disk")
                 _judge(report, recording, folder / "disk", told, finished, what)
+                if finished and (folder / "disk" / "run").exists():
+                    _change_the_output(report, recording, folder / "disk", what)
                 if report.disks % resume_every == 0:
                     _resume(report, recording, folder / "disk", disk, what)
     return report
@@ -607,6 +613,9 @@ def _newest_step(
         except NanoGPTError as error:
             report.failures.append(f"{what}: {error}")
             return 0
+        config = place / "run" / "config.yaml"
+        if identity is not None and config.read_bytes() != recording.config:
+            report.failures.append(f"{what}: config.yaml is not what was written")
         newest = directory.newest()
         if newest is None:
             return 0
