@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("targets", nargs="*", help="some of them by name (all)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target (60)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
+    parser.add_argument(
+        "--no-coverage", action="store_true", help="the plain loop, without libFuzzer"
+    )
     parser.add_argument("--reproduce", metavar="FILE", help="give one target this input")
     options = parser.parse_args(arguments)
     known = {reader.name: reader for reader in readers.make_readers()}
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the C++ parsers are left out: {missing_tools()}")
         native = []
     elif native:
-        folder = programs.build()
+        folder = programs.build(coverage=not options.no_coverage)
     if options.reproduce:
         return _reproduce(chosen[0], Path(options.reproduce), folder)
     failed = False
