@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 INTERRUPTED = 130
 _LARGEST_CONFIG = 1_000_000
-_MOST_BITS = 63  # of a whole number; more fits no counter of torch's
+_MOST_BITS = 64  # of a whole number: seeds have that many
 _LONGEST_SHOWN = 100
 
 

@@ -147,6 +147,7 @@ class VocabularyFlags:
         "ids of a bpe tokenizer, the special token included",
         group="text",
         minimum=257,
+        maximum=1_000_000,
         auto="4096",
     )
 

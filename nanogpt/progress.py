@@ -74,8 +74,15 @@ class _Display:
             self._bar.update(self._task, completed=done, total=self.total, shown=shown)
         elif not self.quiet:
             pace = (self._shown - self._started) / max(1, done - self.first)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * max(0, self.total - done)))
-            self.say(f"{count}  {shown}  {left} left")
+            self.say(f"{count}  {shown}  {duration(pace * max(0, self.total - done))} left")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 07:05:09; of more than a day the days as well."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days:,} days " * (days > 0) + f"{hours:02}:{minutes:02}:{whole:02}"
 
 
 class TrainingProgress(_Display):

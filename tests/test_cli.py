@@ -9,6 +9,7 @@ import pytest
 from nanogpt import cli
 from nanogpt.config import SampleConfig, TrainConfig
 from nanogpt.errors import InputError, UsageError
+from nanogpt.progress import duration
 
 
 def parse(*arguments):
@@ -158,3 +159,23 @@ def test_sample_and_train_defaults_are_the_contracts():
     train, sample = TrainConfig(), SampleConfig()
     assert (train.batch_size, train.val_fraction, train.resume) == (64, 0.1, "auto")
     assert (sample.temperature, sample.top_k, sample.repetition_penalty) == (1.0, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.4, "00:00:00"),
+        (59.6, "00:01:00"),
+        (25_509, "07:05:09"),
+        (86_400 + 61, "1 days 00:01:01"),
+        (1e20, "1,157,407,407,407,407 days 09:46:40"),
+    ],
+)
+def test_the_time_left_is_told_however_long_it_is(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_a_vocabulary_beyond_use_is_refused(nanogpt):
+    outcome = nanogpt("train", "--tokenizer", "bpe", "--vocab-size", 2**64 - 1)
+    assert outcome.code == 2
+    assert outcome.err.startswith("nanogpt train: --vocab-size must be at most")
