@@ -22,7 +22,7 @@ from nanogpt.data import prepare
 from nanogpt.errors import InputError, NanoGPTError
 from nanogpt.machine import versions
 from nanogpt.model import GPT
-from nanogpt.plan import choose_kernels, find_start, make_identity, run_path
+from nanogpt.plan import choose_kernels, find_start, keep_threads, make_identity, run_path
 from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
 from nanogpt.run_directory import Checkpoint, RunDirectory, json_ready
@@ -71,6 +71,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
                 "identity": identity,
                 "choices": choices,
                 "kernels": picked,
+                "threads": torch.get_num_threads(),
                 "versions": versions(),
             }
             folder.check_space(4 * 4 * 4 * initial.config.n_parameters())
@@ -79,6 +80,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
         initial.set_kernels(picked)
         say(f"terms: {len(run.terms)} to learn, {len(run.held_out)} held out for judging")
         if start is not None:
+            keep_threads(config.threads, folder, choices)
             folder.cut_journals(start.state["journals"])
             trainer.load_state(start.load_trainer())
             run.earlier = start.state["seconds"]

@@ -252,6 +252,8 @@ def _read_config_file(path: str, config_class: type) -> dict[str, Any]:
         loader = Loader(text)
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
+    except InputError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the configuration {path}: {reason}") from None

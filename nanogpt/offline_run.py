@@ -39,6 +39,7 @@ from nanogpt.plan import (
     bpe_vocab_size,
     choose_kernels,
     find_start,
+    keep_threads,
     make_identity,
     run_path,
 )
@@ -397,11 +398,13 @@ class _Run:
                 "identity": identity,
                 "choices": {**plan.choices, "kernels": why},
                 "kernels": picked,
+                "threads": torch.get_num_threads(),
                 "versions": versions(),
             }
             folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
             folder.begin(content, flags_as_text(config))
         else:
+            keep_threads(config.threads, folder, plan.choices)
             folder.cut_journals(start.state["journals"])
         model = self._model(start).set_kernels(picked).to(plan.device)
         trainer = self._trainer(name, model)

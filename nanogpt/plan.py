@@ -293,6 +293,20 @@ def choose_kernels(
         raise UsageError(f"--kernels {impl}: {error}; use auto") from None
 
 
+def keep_threads(threads: int | None, begun: RunDirectory, choices: dict[str, str]) -> None:
+    """Compute with as many threads as the run began with: the order of sums depends on it.
+
+    Args:
+        threads: of --threads, which wins.
+        begun: the directory of a run that goes on.
+        choices: told what was picked.
+    """
+    earlier = (begun.read_identity() or {}).get("threads")
+    if threads is None and isinstance(earlier, int) and earlier > 0:
+        machine.set_threads(earlier)
+        choices["threads"] = f"{earlier} (as this run began)"
+
+
 def machine_choices(config: MachineFlags) -> tuple[torch.device, torch.dtype, dict[str, str]]:
     """Device, precision, and what was picked for the machine, in words; --threads is applied."""
     device = machine.resolve_device(config.device)

@@ -222,6 +222,8 @@ class BPETokenizer(Tokenizer):
         if not isinstance(vocabulary, dict) or not isinstance(merges, list):
             return
         for merge in merges:
+            if isinstance(merge, str) and merge.startswith("#version"):
+                continue
             parts = merge.split(" ") if isinstance(merge, str) else merge
             made = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
             if made and "".join(parts) not in vocabulary:

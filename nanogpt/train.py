@@ -38,6 +38,7 @@ from nanogpt.plan import (
     check_against_initial,
     choose_kernels,
     find_start,
+    keep_threads,
     machine_choices,
     make_identity,
     make_plan,
@@ -106,10 +107,12 @@ def run(config: TrainConfig) -> int:
                     "identity": identity,
                     "choices": choices,
                     "kernels": picked,
+                    "threads": torch.get_num_threads(),
                     "versions": machine.versions(),
                 }
                 folder.begin(content, flags_as_text(config))
             else:
+                keep_threads(config.threads, folder, choices)
                 folder.cut_journals(start.state["journals"])
             trainer = make_trainer(plan, corpus, initial, start, picked)
             reporter = Reporter(plan, corpus, folder, machine.versions())

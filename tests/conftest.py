@@ -31,11 +31,14 @@ def data_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has its own token cache and cannot see the user's."""
+def _quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test has its own token cache, cannot see the user's, and leaves torch's threads."""
+    threads = torch.get_num_threads()
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "token-cache"))
     monkeypatch.delenv("NANOGPT_TRACEBACK", raising=False)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

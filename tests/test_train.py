@@ -132,6 +132,27 @@ def test_gradient_accumulation_gives_the_same_training(train, text_file):
             assert torch.allclose(value, whole[name], atol=2e-5), name
 
 
+def test_a_run_goes_on_with_the_threads_it_began_with(train, text_file, monkeypatch):
+    """In a process that would choose others; --threads wins."""
+    real, used = train_module.optimizer_step, []
+
+    def stepping(plan, trainer, model, windows):
+        used.append(torch.get_num_threads())
+        if trainer.position.step == 3 and len(used) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(plan, trainer, model, windows)
+
+    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    flags = ("--text", text_file, "--max-steps", 6, "--run-dir", "run")
+    torch.set_num_threads(2)
+    assert train(*flags).code == 143
+    torch.set_num_threads(1)
+    outcome = train(*flags)
+    assert outcome.code == 0
+    assert "threads: 2 (as this run began)" in outcome.err
+    assert used == [2] * 6
+
+
 @pytest.mark.parametrize("extra", [(), ("--dropout", 0.2, "--micro-batch-size", 4)])
 def test_an_interrupted_run_goes_on_to_bit_identical_weights(train, text_file, monkeypatch, extra):
     common = ("--text", text_file, "--max-steps", 20, "--eval-interval", 6, *extra)
