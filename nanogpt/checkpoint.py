@@ -245,15 +245,8 @@ def _check_archive(file: IO[bytes]) -> None:
             if tail[:4] != b"PK\6\6" or struct.unpack("<Q", tail[64:72]) != (size - 98,):
                 raise ValueError("the 64-bit directory is elsewhere")
             count, offset = *struct.unpack("<Q", tail[32:40]), *struct.unpack("<Q", tail[48:56])
-        if (
-            tail[76:80] != b"PK\5\6"
-            or tail[96:] != b"\0\0"
-            or (count, offset)
-            != (
-                len(members),
-                directory,
-            )
-        ):
+        ends = tail[76:80] == b"PK\5\6" and tail[96:] == b"\0\0"
+        if not ends or (count, offset) != (len(members), directory):
             raise ValueError("the directory is elsewhere")
         names = {member.filename.lower() for member in members}
         if len(names) < len(members) or len({name.partition("/")[0] for name in names}) != 1:

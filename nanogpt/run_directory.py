@@ -292,6 +292,7 @@ class RunDirectory:
         parent = self.path / "checkpoints"
         final = parent / f"{step:08d}"
         temporary = parent / f".{step:08d}.{os.getpid()}.tmp"
+        aside = parent / f".{step:08d}{_ASIDE}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -311,13 +312,14 @@ class RunDirectory:
             _write_synced(temporary / MANIFEST, lambda file: file.write(raw))
             checkpoint.fsync(temporary)
             if final.exists():
-                aside = parent / f".{step:08d}{_ASIDE}"
                 shutil.rmtree(aside, ignore_errors=True)
                 final.rename(aside)
             temporary.rename(final)
             checkpoint.fsync(parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            if aside.exists() and not final.exists():
+                aside.rename(final)
             raise
         problem = _problem_with(final)
         if problem:

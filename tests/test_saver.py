@@ -208,7 +208,7 @@ def test_a_checkpoint_of_the_same_step_replaces_the_other_and_neither_is_lost(fo
     real = os.rename
 
     def cut_off(source, target, **more):
-        if str(source).endswith(".tmp") and "aside" not in str(target):
+        if str(source).endswith(".tmp") and "aside" not in f"{source} {target}":
             raise KeyboardInterrupt
         real(source, target, **more)
 
@@ -216,6 +216,10 @@ def test_a_checkpoint_of_the_same_step_replaces_the_other_and_neither_is_lost(fo
     with pytest.raises(KeyboardInterrupt):
         folder.save(3, tiny_model(7), {}, {}, tiny_model(7))
     monkeypatch.undo()
+    assert folder.newest().state["step"] == 3  # a save that fails changes nothing
+    assert_equal(folder.newest().load_model(), weights(tiny_model(3)))
+    checkpoints = folder.path / "checkpoints"  # as a process leaves it that is killed there
+    (checkpoints / "00000003").rename(checkpoints / ".00000003.aside.tmp")
     assert folder.newest().state["step"] == 2
     folder._sweep()  # as the next process does
     assert folder.newest().state["step"] == 3
