@@ -238,12 +238,26 @@ def test_the_wheel_holds_the_package_and_what_is_compiled(tmp_path):
         assert next(iter(compiled)).startswith("nanogpt/_C.")
         assert programs == {"nanogpt-generate"}
     shipped = {name for name in names if name.startswith("nanogpt/")} - compiled
-    own = subprocess.run(
-        ["git", "ls-files", "nanogpt"], cwd=ROOT, capture_output=True, text=True, check=False
+    assert set(tracked("nanogpt")) - {"nanogpt/export/.gitkeep"} == shipped
+
+
+def tracked(*under):
+    names = subprocess.run(
+        ["git", "ls-files", *under], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
-    if not own:
+    if not names:
         pytest.skip("not a git checkout")
-    assert set(own) - {"nanogpt/export/.gitkeep"} == shipped
+    return names
+
+
+def test_nothing_strays_into_the_top_folder():
+    """What a tool or a developer left behind, such as a fuzzer's input, is not the project's."""
+    tops = {name.split("/")[0] for name in tracked()}
+    hidden = {".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml"}
+    pages = {"CHANGELOG.md", "CONTRIBUTING.md", "LOG.md", "README.md", "RESULTS.md", "SECURITY.md"}
+    builds = {"LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
+    folders = {"benchmarks", "csrc", "export", "kernels", "nanogpt", "tests"}
+    assert tops == hidden | pages | builds | folders
 
 
 def includes(path):
