@@ -105,4 +105,6 @@ struct Isa {
 #define NANOGPT_KERNELS kAvx2Kernels
 #define NANOGPT_KERNELS_NAME "avx2"
 #include "engine/kernels_loops.h"
+#define NANOGPT_TRAINING kAvx2Training
+#include "engine/training_loops.h"
 #endif

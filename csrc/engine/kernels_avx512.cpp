@@ -4,4 +4,6 @@
 #define NANOGPT_KERNELS kAvx512Kernels
 #define NANOGPT_KERNELS_NAME "avx512"
 #include "engine/kernels_loops.h"
+#define NANOGPT_TRAINING kAvx512Training
+#include "engine/training_loops.h"
 #endif

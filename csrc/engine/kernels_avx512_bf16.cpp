@@ -5,4 +5,6 @@
 #define NANOGPT_KERNELS kAvx512Bf16Kernels
 #define NANOGPT_KERNELS_NAME "avx512_bf16"
 #include "engine/kernels_loops.h"
+#define NANOGPT_TRAINING kAvx512Bf16Training
+#include "engine/training_loops.h"
 #endif

@@ -85,4 +85,6 @@ struct Isa {
 #define NANOGPT_KERNELS kNeonKernels
 #define NANOGPT_KERNELS_NAME "neon"
 #include "engine/kernels_loops.h"
+#define NANOGPT_TRAINING kNeonTraining
+#include "engine/training_loops.h"
 #endif

@@ -161,3 +161,5 @@ struct Isa {
 #define NANOGPT_KERNELS kScalarKernels
 #define NANOGPT_KERNELS_NAME "scalar"
 #include "engine/kernels_loops.h"
+#define NANOGPT_TRAINING kScalarTraining
+#include "engine/training_loops.h"

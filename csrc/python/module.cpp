@@ -29,6 +29,7 @@
 #include "engine/thread_pool.h"
 #include "engine/tokenizer.h"
 #include "engine/weights.h"
+#include "python/training_module.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -568,6 +569,8 @@ void bind_engine(py::module_& module) {
       .def_property_readonly(
           "details", &TokenStream::details,
           "(reward, log Z, KL) of the last token, in nats; None unless asked for.");
+
+  add_training(module);
 
   py::class_<Engine, std::shared_ptr<Engine>>(
       module, "Engine",
