@@ -335,6 +335,8 @@ def test_nan_is_missing_and_infinity_a_word(written):
         ('{"a": 1, "a": 2}', "'a' stands twice"),
         ('{"a.b": 1, "a": {"b": 2}}', "two values have the name 'a.b'"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"b\\u0000\\ud800": 1}', "b\\x00\\ud800 holds half of a surrogate pair"),
+        ('{"' + "c" * 99 + '": "\\ud800"}', "c" * 60 + "… holds half of a surrogate pair"),
         ('{"a": {"b": ' + "[" * 100_000 + "]" * 100_000 + "}}", "nested too deep"),
     ],
 )

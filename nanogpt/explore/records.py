@@ -264,8 +264,7 @@ class _Table:
             for text in (name, value):
                 if text is not None and not text.isascii() and _has_surrogate(text):
                     raise _BadLine(
-                        f"{name.encode('ascii', 'backslashreplace').decode()} holds half of a "
-                        f"surrogate pair, which is no character"
+                        f"{_shown(name)} holds half of a surrogate pair, which is no character"
                     )
         for name in record.keys() - self.columns.keys():
             self.shared[name] = {}
@@ -952,6 +951,12 @@ def _scalar_text(value: Any) -> Value:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise TypeError(f"a value is text, a number, a boolean or None, not {type(value).__name__}")
+
+
+def _shown(name: str) -> str:
+    """A field's name for a message: one printable line, whatever the name holds."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _has_surrogate(text: str) -> bool:

@@ -56,7 +56,8 @@ def run(
     if found is not None:
         found.mkdir(parents=True, exist_ok=True)
         command.append(str(found))
-    before = set(findings.iterdir())
+    mine = f"{report.name}-*"  # other targets may be at work in the same folder
+    before = set(findings.glob(mine))
     started = time.monotonic()
     done = subprocess.run(
         [*command, str(corpus)],
@@ -70,7 +71,7 @@ def run(
     for key, words in (("inputs", ("tried ", "executed_units: ")), ("accepted", ("accepted ",))):
         numbers = [re.search(rf"{word}\s*(\d+)", done.stderr) for word in words]
         setattr(report, key, max((int(each[1]) for each in numbers if each), default=0))
-    for path in sorted(set(findings.iterdir()) - before):
+    for path in sorted(set(findings.glob(mine)) - before):
         report.findings.append((_reason(done.stderr), path.read_bytes()))
         path.unlink()
     if done.returncode and not report.findings:
