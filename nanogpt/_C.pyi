@@ -25,6 +25,48 @@ class Tokenizer:
     @property
     def end_of_text_id(self) -> int: ...
 
+class TrainingStep:
+    def __init__(
+        self,
+        shape: dict[str, Any],
+        parameters: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+        *,
+        bf16: bool,
+        threads: int,
+    ) -> None: ...
+    @staticmethod
+    def unfit(shape: dict[str, Any], *, bf16: bool) -> str: ...
+    @property
+    def instruction_set(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def gradients(
+        self, windows: NDArray[np.integer[Any]], *, scale: float = 1.0, add: bool = False
+    ) -> float: ...
+    def loss(self, windows: NDArray[np.integer[Any]]) -> float: ...
+    def gradient_norm(self) -> float: ...
+    def adamw(
+        self,
+        moments: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        count: int,
+        grad_scale: float = 1.0,
+    ) -> None: ...
+    def muon(
+        self,
+        momenta: dict[str, tuple[NDArray[np.float32], int]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        grad_scale: float = 1.0,
+    ) -> None: ...
+
 class Engine:
     def __init__(self, path: str, threads: int = 0, *, verify: bool = True) -> None: ...
     @staticmethod

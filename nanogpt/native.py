@@ -4,6 +4,7 @@ It is built by `pip install` where there is a C++ compiler; everything works wit
 slower. Nothing here imports it before it is asked for.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -23,6 +24,7 @@ from nanogpt import __version__
 if TYPE_CHECKING:
     from nanogpt import _C
     from nanogpt._C import Engine
+    from nanogpt.config import GPTConfig
     from nanogpt.model import GPT
     from nanogpt.tokenizer import Tokenizer
 
@@ -118,6 +120,35 @@ def engine_for(model: "GPT", threads: int = 0) -> "Engine":
     )
     _engines[model] = (state, engine)
     return engine
+
+
+def training_step(
+    shape: "GPTConfig", parameters: dict[str, Any], *, bf16: bool, threads: int
+) -> "_C.TrainingStep":
+    """The compiled training step over shared arrays; needs `available()`.
+
+    Args:
+        parameters: (weight, gradient) of each name in the state dict, contiguous float32.
+        bf16: the operands of products are rounded to bfloat16.
+    Raises: UsageError where it cannot run; see `training_unfit`.
+    """
+    module = _load()[0]
+    made: _C.TrainingStep = module.TrainingStep(
+        _training_shape(shape), parameters, bf16=bf16, threads=threads
+    )
+    return made
+
+
+def training_unfit(shape: "GPTConfig", *, bf16: bool) -> str:
+    """Why the compiled training step cannot run such a model here, or ""; needs `available()`."""
+    reason: str = _load()[0].TrainingStep.unfit(_training_shape(shape), bf16=bf16)
+    return reason
+
+
+def _training_shape(shape: "GPTConfig") -> dict[str, Any]:
+    from nanogpt.model import attention_scale
+
+    return {**dataclasses.asdict(shape), "attention_scale": attention_scale(shape)}
 
 
 def turn(model: "GPT") -> "threading.RLock":

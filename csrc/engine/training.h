@@ -25,6 +25,19 @@ struct Trained {
   float* grad = nullptr;
 };
 
+// Muon's numbers for one step.
+struct Muon {
+  float lr, momentum, weight_decay;
+  float grad_scale;  // of the gradients, for clipping
+};
+
+// A matrix that Muon updates: `parts` matrices of equal size, one below the other.
+struct MuonMatrix {
+  size_t parameter;  // its index
+  int64_t rows, cols, parts;
+  float* momentum;  // rows * cols
+};
+
 struct TrainingShape {
   Config config;
   bool rotary = false;
@@ -54,6 +67,11 @@ class TrainingStep {
   double gradient_norm();
   // One step of AdamW over parameter `index`; the moments are `count` floats each.
   void adamw(size_t index, float* first, float* second, const AdamW& by);
+
+  // One step of Muon: with m = lerp(m, g, 1 - momentum) and u = lerp(g, m, momentum) the weights
+  // move by -lr sqrt(max(1, rows / cols)) times u's nearest matrix with orthonormal rows or
+  // columns.
+  void muon(const std::vector<MuonMatrix>& matrices, const Muon& by);
 
   const char* instruction_set() const { return kernels_.name; }
   int threads() const { return pool_.size(); }
@@ -124,6 +142,9 @@ class TrainingStep {
   // Attention, or its backward pass where the gradient of its output is given.
   void heads(Job& job, const Kept& kept, const char* grad_out, int thread, int threads);
 
+  void muon_part(const MuonMatrix& matrix, int64_t part, const Muon& by, char* memory) const;
+  int64_t muon_scratch(int64_t rows, int64_t cols) const;
+
   TrainingShape shape_;
   std::vector<Trained> parameters_;
   const TrainingKernels& kernels_;
@@ -132,7 +153,9 @@ class TrainingStep {
   std::vector<Layer> layers_;
   Norm last_norm_;
   std::vector<float> cosines_, sines_;
-  std::array<Workspace, 2> spaces_;  // of the loss alone, and with gradients
+  std::unique_ptr<char, Free> muon_memory_;  // of every thread
+  int64_t muon_bytes_ = 0;                   // of one
+  std::array<Workspace, 2> spaces_;          // of the loss alone, and with gradients
 };
 
 }  // namespace nanogpt

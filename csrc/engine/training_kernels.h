@@ -96,6 +96,10 @@ struct TrainingKernels {
   // x = token row + position row (null: none).
   void (*embed)(const float* token, const float* position, int64_t cols, float* out);
   void (*add)(const float* x, int64_t n, float* out);
+  // out = a x + b y.
+  void (*blend)(float a, const float* x, float b, const float* y, int64_t n, float* out);
+  // out = element(scale x).
+  void (*narrow)(float scale, const float* x, int64_t n, void* out);
   // The loss of one row of logits, which are overwritten; its gradient times `scale` as `width`
   // elements, zeros after the cols-th. A negative target has no loss and no gradient.
   float (*cross_entropy)(float* logits, int64_t cols, int64_t target, float scale, int64_t width,

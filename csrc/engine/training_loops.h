@@ -532,6 +532,23 @@ void add_floats(const float* x, int64_t count, float* out) {
   });
 }
 
+void blend(float a, const float* x, float b, const float* y, int64_t count, float* out) {
+  const F left = Isa::set(a), right = Isa::set(b);
+  each_vector(count, [&](int64_t i, int64_t n, auto full) {
+    const F second = Isa::mul(right, float_lanes(y + i, n, full));
+    keep_floats(out + i, n, Isa::fma(left, float_lanes(x + i, n, full), second), full);
+  });
+}
+
+template <class U>
+void narrow(float scale, const float* x, int64_t count, void* to) {
+  typename U::T* out = static_cast<typename U::T*>(to);
+  const F factor = Isa::set(scale);
+  each_vector(count, [&](int64_t i, int64_t n, auto full) {
+    keep_elements<U>(out + i, n, Isa::mul(float_lanes(x + i, n, full), factor), full);
+  });
+}
+
 void embed(const float* token, const float* position, int64_t cols, float* out) {
   memcpy(out, token, static_cast<size_t>(cols) * 4);
   if (position != nullptr) add_floats(position, cols, out);
@@ -918,6 +935,8 @@ constexpr TrainingKernels training_table(const char* name) {
       column_sums<U>,
       embed,
       add_floats,
+      blend,
+      narrow<U>,
       cross_entropy<U>,
       head_scratch<U>,
       attend<U>,

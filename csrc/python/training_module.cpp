@@ -101,16 +101,14 @@ class Step {
     by.correction1 = static_cast<float>(1.0 - std::pow(beta1, static_cast<double>(count)));
     by.correction2 = static_cast<float>(1.0 - std::pow(beta2, static_cast<double>(count)));
     by.grad_scale = static_cast<float>(grad_scale);
-    const std::vector<Trained>& parameters = step_->parameters();
     for (const auto& [key, value] : moments) {
-      const auto name = py::cast<std::string>(key);
+      const size_t index = index_of(key);
+      const Trained& parameter = step_->parameters()[index];
       const auto pair = py::cast<std::pair<py::object, py::object>>(value);
-      size_t index = 0;
-      while (index < parameters.size() && parameters[index].name != name) ++index;
-      if (index == parameters.size()) throw UsageError("there is no parameter " + name);
-      const int64_t numbers = parameters[index].count;
-      float* first = numbers_of("the first moment of " + name, pair.first, numbers);
-      float* second = numbers_of("the second moment of " + name, pair.second, numbers);
+      float* first =
+          numbers_of("the first moment of " + parameter.name, pair.first, parameter.count);
+      float* second =
+          numbers_of("the second moment of " + parameter.name, pair.second, parameter.count);
       alone([&] {
         step_->adamw(index, first, second, by);
         return 0.0;
@@ -118,10 +116,42 @@ class Step {
     }
   }
 
+  void muon(const py::dict& momenta, double lr, double momentum, double weight_decay,
+            double grad_scale) {
+    std::vector<nanogpt::MuonMatrix> matrices;
+    for (const auto& [key, value] : momenta) {
+      const size_t index = index_of(key);
+      const Trained& parameter = step_->parameters()[index];
+      const auto pair = py::cast<std::pair<py::object, int64_t>>(value);
+      float* at = numbers_of("the momentum of " + parameter.name, pair.first, parameter.count);
+      const auto array = py::reinterpret_borrow<Numbers>(pair.first);
+      if (array.ndim() != 2 || pair.second < 1 || array.shape(0) % pair.second != 0 ||
+          array.shape(1) % 2 != 0 || array.shape(0) / pair.second % 2 != 0) {
+        throw UsageError(parameter.name + " is no stack of matrices with even sides");
+      }
+      matrices.push_back({index, array.shape(0), array.shape(1), pair.second, at});
+    }
+    const nanogpt::Muon by{static_cast<float>(lr), static_cast<float>(momentum),
+                           static_cast<float>(weight_decay), static_cast<float>(grad_scale)};
+    alone([&] {
+      step_->muon(matrices, by);
+      return 0.0;
+    });
+  }
+
   const char* instruction_set() const { return step_->instruction_set(); }
   int threads() const { return step_->threads(); }
 
  private:
+  size_t index_of(const py::handle& key) const {
+    const auto name = py::cast<std::string>(key);
+    const std::vector<Trained>& parameters = step_->parameters();
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      if (parameters[i].name == name) return i;
+    }
+    throw UsageError("there is no parameter " + name);
+  }
+
   static std::pair<int64_t, int64_t> size_of(const Ids& windows) {
     if (windows.ndim() != 2 || windows.shape(1) < 2) {
       throw UsageError("windows must be (B, T + 1) ids");
@@ -169,5 +199,9 @@ void add_training(py::module_& module) {
       .def("adamw", &Step::adamw, "moments"_a, py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
            "weight_decay"_a, "count"_a, "grad_scale"_a = 1.0,
            "Step `count` (from 1) of AdamW for the parameters in `moments`, {name: (first,\n"
-           "second)}, float32 arrays that are updated; gradients times grad_scale.");
+           "second)}, float32 arrays that are updated; gradients times grad_scale.")
+      .def("muon", &Step::muon, "momenta"_a, py::kw_only(), "lr"_a, "momentum"_a, "weight_decay"_a,
+           "grad_scale"_a = 1.0,
+           "A step of Muon for the matrices in `momenta`, {name: (momentum, parts)}: float32\n"
+           "arrays that are updated, of so many matrices one below the other.");
 }
