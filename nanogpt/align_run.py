@@ -57,6 +57,7 @@ def align(config: AdvancedConfig, initial: GPT, machine: Machine, say: Say) -> i
     )
     name = f"{Path(config.init or 'gpt').stem}-aligned"
     output = Path(config.output)
+    initial.recompute = config.recompute
     # Before anything is written: a term that cannot be spelled, or too short a text, is refused.
     trainer = _make_trainer(config, initial.to(device), terms, anchor, dtype, say)
     with RunDirectory(run_path(config, name, initial.config, identity), warn=say) as folder:

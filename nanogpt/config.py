@@ -242,6 +242,13 @@ class MachineFlags:
     threads: int | None = option(
         None, "CPU threads", group="machine", minimum=1, auto="one per core", identity=False
     )
+    recompute: bool = option(
+        False,
+        "keep less for the backward pass and compute it once more there: less memory, the same "
+        "losses, a quarter more time",
+        group="machine",
+        identity=False,
+    )
     json: bool = option(
         False, "print one JSON object with the outcome", group="reports", identity=False
     )

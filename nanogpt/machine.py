@@ -1,10 +1,14 @@
-"""What this machine offers: device, precision, threads, versions."""
+"""What this machine offers: device, precision, threads, memory, versions."""
 
+import contextlib
 import os
 import platform
+import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata as distributions
+from pathlib import Path
 
 import torch
 
@@ -12,6 +16,14 @@ from nanogpt import kernels
 from nanogpt.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""Limit and use of the group of processes that this one belongs to, in its two versions."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -74,6 +86,60 @@ def set_threads(threads: int | None) -> str:
         torch.set_num_threads(threads)
         return f"{threads} (asked for)"
     return f"{torch.get_num_threads()} (auto: one per core)"
+
+
+def resident_bytes() -> int:
+    """What this process takes of the main memory now; 0 where the system does not say."""
+    return _status("VmRSS")
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` begin anew, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has taken since `forget_peak`: of the device, else main."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a run may still take on a device, or None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for later and does not use is free too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [size] if (size := _available_in_system()) is not None else []
+    for limit, used in _GROUP_FILES:
+        # "max" stands where a group of processes has no limit.
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(max(0, soft - _status("VmSize")))
+    return min(limits, default=None)
+
+
+def _available_in_system() -> int | None:
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
+
+
+def _status(name: str) -> int:
+    """A size in /proc/self/status, in bytes; 0 where there is none."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    except OSError:
+        return 0
+    return 0 if found is None else int(found[1]) * 1024
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt import metadata
 from nanogpt.cache import KVCache
@@ -132,6 +133,8 @@ class GPT(nn.Module):
         calibration_temperature: fitted temperature, or None.
         calibration: how it was fitted (see `nanogpt.calibrate`), kept when training goes on, but
             marked "stale"; or None.
+        recompute: in training keep the inputs of a block alone and compute the rest once more in
+            the backward pass: less memory for a forward pass more, and the same gradients.
     Source: Radford et al. 2019, GPT-2; parameter names as in Hugging Face's and nanoGPT's.
     """
 
@@ -146,6 +149,7 @@ class GPT(nn.Module):
         self.calibration_temperature: float | None = None
         self.calibration: dict[str, Any] | None = None
         self.impl = "auto"
+        self.recompute = False
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(self.config.vocab_size, self.config.n_embd),
@@ -255,8 +259,12 @@ class GPT(nn.Module):
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         branch = None
+        recompute = self.recompute and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            x, branch = block(x, branch, cache, layer)
+            if recompute:
+                x, branch = checkpoint(block, x, branch, None, layer, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, cache, layer)
         if cache is not None:
             cache.advance(tokens.shape[1])
         assert branch is not None  # a model has a layer at least

@@ -417,6 +417,7 @@ class _Run:
         if start is None and self.initial is not None:
             model.load_state_dict(self.initial.state_dict())
         model.tokenizer = self.plan.tokenizer
+        model.recompute = self.plan.config.recompute
         return model
 
     def _trainer(self, name: str, model: GPT) -> RewardWeightedTrainer:

@@ -3,14 +3,14 @@
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanogpt import machine, metadata
+from nanogpt import machine, memory, metadata
 from nanogpt.config import (
     PRESETS,
     AdvancedConfig,
@@ -291,6 +291,70 @@ def choose_kernels(
         if impl == "auto":
             raise
         raise UsageError(f"--kernels {impl}: {error}; use auto") from None
+
+
+def forecast_memory(plan: Plan, kernels: Mapping[str, str]) -> memory.Forecast:
+    """The peak memory of a run on its device; what the process takes already counts on a CPU.
+
+    Args:
+        kernels: the implementation of each operation.
+    """
+    program = machine.resident_bytes() if plan.device.type == "cpu" else 0
+    return memory.forecast(memory_workload(plan, kernels), program)
+
+
+def memory_workload(plan: Plan, kernels: Mapping[str, str]) -> memory.Workload:
+    """What of a plan decides how much memory it takes."""
+    return memory.Workload(
+        shape=plan.shape,
+        batch=plan.micro_batch_size,
+        accumulates=plan.micro_batch_size < plan.config.batch_size,
+        product_bytes=plan.dtype.itemsize,
+        device=plan.device.type,
+        kernels=kernels,
+        recompute=plan.config.recompute,
+    )
+
+
+def describe_memory(plan: Plan, forecast: memory.Forecast, kernels: Mapping[str, str]) -> str:
+    """The forecast in words, and where it is more than there is, what would help."""
+    free = machine.available_bytes(plan.device)
+    there = "" if free is None else f" of {_gigabytes(forecast.program + free)}"
+    parts = [("weights and optimizer", forecast.weights + forecast.optimizer)]
+    if forecast.evaluation > forecast.step:
+        parts.append(("evaluation", forecast.evaluation))
+    else:
+        parts.append(("a step", forecast.step))
+    if plan.device.type == "cpu":
+        parts = [("program", forecast.program), *parts, ("saving", forecast.saving)]
+    shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts)
+    line = f"about {_gigabytes(forecast.total)}{there} (forecast: {shown})"
+    if free is None or forecast.model <= free:
+        return line
+    return f"{line}. WARNING: this may not fit: {_remedies(plan, free, kernels)}"
+
+
+def _remedies(plan: Plan, free: int, kernels: Mapping[str, str]) -> str:
+    """Flags with which a run would fit into so many bytes."""
+    work = memory_workload(plan, kernels)
+    less = replace(work, recompute=True)
+    found = []
+    batch = memory.largest_batch(work, free)
+    if batch is not None:
+        found.append(f"--micro-batch-size {batch}")
+    if not work.recompute and memory.forecast(less).model <= free:
+        found.append("--recompute")
+    if not found and not work.recompute:
+        batch = memory.largest_batch(less, free)
+        if batch is not None:
+            found.append(f"--recompute --micro-batch-size {batch}")
+    if not found:
+        return "a smaller --block-size, --n-embd or --n-layer would take less"
+    return f"{' or '.join(found)} would"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def keep_threads(threads: int | None, begun: RunDirectory, choices: dict[str, str]) -> None:

@@ -178,6 +178,15 @@ class RunDirectory:
         sealed = {**content, "sha256": _digest_of(content)}
         self.write("run.json", json.dumps(sealed, indent=1, sort_keys=True))
 
+    def remember(self, **choices: Any) -> None:
+        """Put what was found out since the run began into run.json, beside what it began with.
+
+        Raises: OSError where it cannot be written.
+        """
+        content = {**(self.read_identity() or {}), **choices}
+        sealed = {**content, "sha256": _digest_of(content)}
+        self.write("run.json", json.dumps(sealed, indent=1, sort_keys=True))
+
     def write(self, name: str, text: str) -> None:
         """Replace a file of the run, whole or not at all."""
         checkpoint.write_atomically(self.path / name, lambda file: file.write(text.encode()))

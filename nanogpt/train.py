@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from nanogpt.data import Corpus, gather, prepare
 from nanogpt.decoding import generate
 from nanogpt.errors import NanoGPTError
 from nanogpt.interruption import EXIT_CODES, signals_noted, terminable
+from nanogpt.micro_batch import MicroBatches
 from nanogpt.model import GPT
 from nanogpt.plan import (
     Plan,
     bpe_vocab_size,
     check_against_initial,
     choose_kernels,
+    describe_memory,
     find_start,
+    forecast_memory,
     keep_threads,
     machine_choices,
     make_identity,
@@ -108,19 +112,28 @@ def run(config: TrainConfig) -> int:
                     "choices": choices,
                     "kernels": picked,
                     "threads": torch.get_num_threads(),
+                    "micro_batches": [[0, plan.micro_batch_size]],
                     "versions": machine.versions(),
                 }
                 folder.begin(content, flags_as_text(config))
             else:
                 keep_threads(config.threads, folder, choices)
                 folder.cut_journals(start.state["journals"])
-            trainer = make_trainer(plan, corpus, initial, start, picked)
             reporter = Reporter(plan, corpus, folder, machine.versions())
+            memory = forecast_memory(plan, picked)
+            choices["memory"] = describe_memory(plan, memory, picked)
+            trainer = make_trainer(plan, corpus, initial, start, picked)
             if not finished:
                 _introduce(plan, corpus, folder, trainer, reporter.baselines, say)
             saver = Saver(folder, start, _say)
+            machine.forget_peak(device)
             stopped_by = _train(plan, trainer, corpus, folder, reporter, saver)
-            return _finish(plan, trainer, folder, reporter, output, saver, stopped_by)
+            sizes = {
+                "program": memory.program,
+                "forecast": memory.total,
+                "peak": machine.peak_bytes(device),
+            }
+            return _finish(plan, trainer, folder, reporter, output, saver, stopped_by, sizes)
 
 
 def _train(
@@ -139,12 +152,13 @@ def _train(
     earlier_seconds, started = position.seconds, time.monotonic()
     failures = 0
     bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
+    sizes = MicroBatches(plan, folder, partial(_tell, folder, bar))
     with bar, saver, signals_noted() as received:
         while position.step < plan.total_steps and not received:
             step_started = time.perf_counter()
             starts = plan.order.starts(position.step)
             windows = gather(train_tokens, starts, plan.shape.block_size)  # (B, T + 1)
-            loss, grad_norm = optimizer_step(plan, trainer, model, windows)
+            loss, grad_norm = sizes.take(optimizer_step, trainer, model, windows)
             position.step += 1
             position.row_seconds += time.perf_counter() - step_started
             position.row_tokens += len(starts) * plan.shape.block_size
@@ -254,6 +268,12 @@ def _event(folder: RunDirectory, bar: TrainingProgress, step: int, kind: str, me
     folder.append("events.jsonl", {"step": step, "kind": kind, "message": message})
 
 
+def _tell(folder: RunDirectory, bar: TrainingProgress, step: int, message: str) -> None:
+    """About memory that has run out: on the screen and in the journal."""
+    bar.say(f"WARNING: {message}")
+    folder.append("events.jsonl", {"step": step, "kind": "out of memory", "message": message})
+
+
 def _write_sample(plan: Plan, trainer: Trainer, folder: RunDirectory, reporter: Reporter) -> None:
     if plan.config.sample_tokens:
         text = _sample(trainer.model, plan.device, plan.config)
@@ -325,6 +345,7 @@ def _finish(
     output: Path,
     saver: Saver,
     stopped_by: int | None,
+    memory: dict[str, int],
 ) -> int:
     """Leave the model file, the report and a sample; or say how to go on."""
     config, position = plan.config, trainer.position
@@ -340,6 +361,7 @@ def _finish(
         "val_bits_per_byte": None,
         "baselines_bits_per_byte": reporter.baselines,
         "seconds": round(position.seconds, 3),
+        "memory_bytes": memory,
         "output": str(output),
         "run_dir": str(folder.path),
         "report": str(report),

@@ -10,11 +10,10 @@ import torch
 
 from nanogpt import machine
 from nanogpt.data import Corpus, gather, validation_windows
+from nanogpt.memory import evaluation_batch
 from nanogpt.model import GPT
 from nanogpt.plan import Plan
 from nanogpt.run_directory import Checkpoint
-
-_EVALUATION_TOKENS = 16_384
 
 
 @dataclass
@@ -75,11 +74,13 @@ def make_trainer(
     model.tokenizer = corpus.tokenizer
     model.mark_calibration_stale()
     model.set_kernels(kernels).to(plan.device)
+    model.recompute = plan.config.recompute
     config = plan.config
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, plan.peak_lr, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     trainer = Trainer(model, optimizer, scaler, Position())
+    reserve_moments(optimizer)
     if start is not None:
         saved = start.load_trainer()
         optimizer.load_state_dict(saved["optimizer"])
@@ -102,6 +103,21 @@ def make_optimizer(
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def reserve_moments(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state before its first step, as zeros, as it would itself in that step.
+
+    An update of the weights then allocates nothing: where memory runs out in a step, it does so
+    before any weight has changed, and the step can be repeated.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
 
 
 def optimizer_step(
@@ -152,7 +168,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     block = model.config.block_size
-    batch = max(1, _EVALUATION_TOKENS // block)
+    batch = evaluation_batch(model.config)
     total, count = 0.0, 0
     for starts, length in validation_windows(len(tokens), block):
         for first in range(0, len(starts), batch):

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "nanogpt"
 # A module may import only from its own layer's list, all of which lie below it.
 PURE = {"errors", "config", "tokenizer"}
 MODEL = PURE | {"kernels", "cache", "metadata", "model", "native", "decoding"}
-FILES = MODEL | {"checkpoint", "data", "baselines", "machine", "report"}
+FILES = MODEL | {"checkpoint", "data", "baselines", "machine", "memory", "report"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "tokenizer": {"errors"},
     "kernels": set(),
     "cache": {"config"},
+    "memory": {"config"},
     "metadata": set(),
     "tilt": set(),
     "calibration": set(),
@@ -56,6 +57,7 @@ ALLOWED = {
     "interruption": set(),
     "plan": FILES | {"run_directory"},
     "trainer": FILES | {"plan", "run_directory"},
+    "micro_batch": {"errors", "plan", "run_directory", "trainer"},
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
@@ -75,7 +77,8 @@ ALLOWED = {
     },
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
-    | {"interruption", "plan", "progress", "reporter", "run_directory", "saver", "trainer", "cli"},
+    | {"interruption", "micro_batch", "plan", "progress", "reporter", "run_directory", "saver"}
+    | {"trainer", "cli"},
     "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
@@ -91,6 +94,7 @@ ALLOWED = {
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
     "journal",
+    "memory",
     "reward_data",
     "terms",
     "text_measures",
