@@ -154,8 +154,13 @@ def check_against_initial(config: AnyRun, initial: GPT | None) -> None:
             wanted[name] = getattr(config, name)
     for name, value in wanted.items():
         theirs = getattr(initial.config, name)
+        flag = name.replace("_", "-")
+        if theirs != value and isinstance(value, bool):
+            raise UsageError(
+                f"--{'' if value else 'no-'}{flag}: the model of --init was made "
+                f"with{'' if theirs else 'out'} it"
+            )
         if theirs != value:
-            flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value}: the model of --init has {theirs}")
 
 

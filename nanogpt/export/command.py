@@ -108,7 +108,8 @@ def export_model(
         verify: read the file back and compare; torchscript: the logits of the model, of the file
             in libtorch and, where it is built, of the file in the native engine.
     Raises: UsageError for what cannot be combined; InputError where the format has no word for the
-        model, or the model holds numbers that are not finite; NanoGPTError where what was written does not agree: then nothing is left.
+        model, or the model holds numbers that are not finite; NanoGPTError where what was written
+        does not agree: then nothing is left.
     """
     output = Path(output)
     check_combination(format, quantize, output)
