@@ -58,12 +58,17 @@ def option(
     )
 
 
+MOST_ROTARY_POSITIONS = 2**20
+"""The longest context with rotary positions: no weight shows whether a file's is meant."""
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT: pre-norm GPT-2 blocks with learned positions and a tied output head.
+    """The shape of a GPT: pre-norm GPT-2 blocks with a tied output head, and learned positions or
+    rotary ones.
 
-    Raises: ValueError where a value is of another type or out of bounds, and where n_embd is not a
-        multiple of n_head.
+    Raises: ValueError where a value is of another type or out of bounds, where n_embd is not a
+        multiple of n_head, and where rotary heads have an odd width.
     """
 
     vocab_size: int = 257
@@ -78,6 +83,10 @@ class GPTConfig:
     """Probability of dropping an activation in training."""
     bias: bool = False
     """Whether linear maps and layer norms have biases, as GPT-2's do."""
+    rotary: bool = False
+    """Whether positions turn queries and keys, instead of being embeddings that are learned."""
+    qk_norm: bool = False
+    """Whether the queries and keys of every head are divided by their root mean square."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -87,25 +96,40 @@ class GPTConfig:
         number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
         if not (number and 0 <= self.dropout < 1):
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r:.40}")
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias must be true or false, not {self.bias!r:.40}")
+        for name in ("bias", "rotary", "qk_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, not {value!r:.40}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): "
                 f"every head needs the same whole width"
+            )
+        head_width = self.n_embd // self.n_head
+        if self.rotary and head_width % 2:
+            raise ValueError(
+                f"rotary positions turn pairs, but the heads' width (n_embd / n_head) is "
+                f"{head_width}, which is odd"
+            )
+        if self.rotary and self.block_size > MOST_ROTARY_POSITIONS:
+            raise ValueError(
+                f"block_size must be at most {MOST_ROTARY_POSITIONS} with rotary positions, "
+                f"not {self.block_size}"
             )
 
     def n_parameters(self, positions: bool = True) -> int:
         """Trained numbers of the model; the head shares the token embedding's.
 
         Args:
-            positions: count the position embedding too (GPT-2's published counts do).
+            positions: count the position embedding too, where there is one (GPT-2's published
+                counts do).
         """
         c, per_norm = self.n_embd, self.n_embd * (2 if self.bias else 1)
         linear = 3 * c * c + c * c + 2 * 4 * c * c  # qkv, projection, feed-forward in and out
         biases = 3 * c + c + 4 * c + c if self.bias else 0
         blocks = self.n_layer * (linear + biases + 2 * per_norm)
-        return self.vocab_size * c + (self.block_size * c if positions else 0) + blocks + per_norm
+        learned = self.block_size * c if positions and not self.rotary else 0
+        return self.vocab_size * c + learned + blocks + per_norm
 
     def flops_per_token(self) -> int:
         """Multiply-adds of one training step, forward and backward, times two, for one token.
@@ -126,6 +150,9 @@ PRESETS: dict[str, dict[str, int | bool]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": True},
 }
 """Named shapes: 0.8, 10.7, 25.4 and 124 million parameters with their usual vocabularies."""
+
+SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "rotary", "qk_norm")
+"""Flags that stand for a preset's field of the same name."""
 
 DEVICE_HELP = "where to compute: auto, cpu, cuda, cuda:N, mps"
 KERNEL_CHOICES = ("auto", "triton", "torch", "reference")
@@ -172,6 +199,18 @@ class ShapeFlags:
     )
     bias: bool | None = option(
         None, "biases in linear maps and layer norms", group="model", auto="the preset's"
+    )
+    rotary: bool | None = option(
+        None,
+        "positions turn queries and keys, instead of being embeddings that are learned",
+        group="model",
+        auto="the preset's",
+    )
+    qk_norm: bool | None = option(
+        None,
+        "queries and keys of every head are divided by their root mean square",
+        group="model",
+        auto="the preset's",
     )
     init: str | None = option(
         None,
@@ -810,13 +849,14 @@ def shape_from_flags(config: ShapeFlags, vocab_size: int) -> GPTConfig:
     Raises: UsageError where the sizes do not fit together.
     """
     shape: dict[str, Any] = dict(PRESETS[config.preset])
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    for name in SHAPE_FLAGS:
         if getattr(config, name) is not None:
             shape[name] = getattr(config, name)
     try:
         return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)
     except ValueError as error:
-        raise UsageError(f"{error}: set --n-embd and --n-head") from None
+        flags = "--block-size" if str(error).startswith("block_size") else "--n-embd and --n-head"
+        raise UsageError(f"{error}: set {flags}") from None
 
 
 def default_learning_rate(n_embd: int) -> float:

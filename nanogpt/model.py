@@ -1,4 +1,4 @@
-"""GPT: tokens -> logits. Pre-norm GPT-2 blocks, learned positions, tanh GELU, tied head.
+"""GPT: tokens -> logits. Pre-norm GPT-2 blocks, learned or rotary positions, tanh GELU, tied head.
 
 Dimensions: B batch, T positions, H heads, D head width, C = H*D model width, V vocabulary.
 """
@@ -28,6 +28,70 @@ from nanogpt.kernels import (
 )
 from nanogpt.tokenizer import Tokenizer, tokenizer_from_dict
 
+QK_GAIN = 1.5
+"""With qk_norm the attention's logits are scaled by QK_GAIN * D**-0.5; as kQkGain in C++."""
+QK_EPS = 1e-6
+ROTARY_BASE = 10_000.0
+
+
+def rotation_of(config: GPTConfig) -> torch.Tensor:
+    """Cosines and sines of every position, (2, block, D/2) float32 on the CPU.
+
+    cos and sin of the angles position * 10000^(-2i/D), i = 0 … D/2 - 1, computed in float64.
+    Source: Su et al. 2021, RoFormer, section 3.2.2 (arXiv:2104.09864).
+    """
+    width = config.n_embd // config.n_head
+    pairs = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")  # 2i
+    positions = torch.arange(config.block_size, dtype=torch.float64, device="cpu")
+    angles = torch.outer(positions, ROTARY_BASE ** (-pairs / width))  # (block, D/2)
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of features by their position's angles, so that <q, k> sees distances alone.
+
+    Feature i and feature i + D/2 are a pair: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Args:
+        x: (..., T, D), float32 or wider.
+        rotation: (2, T, D/2), T rows of `rotation_of`.
+    Returns: (..., T, D).
+    Source: Su et al. 2021, RoFormer, equation 34 (arXiv:2104.09864), in the halves of GPT-NeoX.
+    """
+    cos, sin = rotation.unbind(0)  # 2 x (T, D/2)
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+def to_unit_rms(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension; float32 or wider.
+
+    Source: Henry et al. 2020, Query-key normalization for transformers (arXiv:2010.04245).
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + QK_EPS)
+
+
+class Rotation(nn.Module):
+    """The table of `rotation_of`: it goes to the model's device, but is no part of its state and
+    keeps its precision when the model is cast."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.table: torch.Tensor
+        self.register_buffer("table", rotation_of(config), persistent=False)  # (2, block, D/2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Rotation":
+        super()._apply(fn, recurse)
+        if self.table.dtype != torch.float32:
+            self.table = rotation_of(self.config).to(self.table.device)
+        return self
+
+
+def attention_scale(config: GPTConfig) -> float:
+    """What the attention's logits are multiplied by."""
+    return (QK_GAIN if config.qk_norm else 1.0) * (config.n_embd // config.n_head) ** -0.5
+
 
 class LayerNorm(nn.Module):
     """Weights of one layer norm; with a residual it returns the sum too."""
@@ -50,30 +114,44 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the past."""
+    """Multi-head attention over the past; the cache holds keys as they are compared."""
 
     operation = "attention"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
+        head_width = config.n_embd // config.n_head
+        self.scale = attention_scale(config)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.impl = "auto"
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None, layer: int, rotation: torch.Tensor | None
+    ) -> torch.Tensor:
         batch, positions, width = x.shape
         qkv = linear(x, self.c_attn.weight, self.c_attn.bias)  # (B, T, 3C)
         qkv = qkv.view(batch, positions, 3, self.n_head, width // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, D)
+        q, k = self._prepared(q, rotation), self._prepared(k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
+        how: dict[str, Any] = {"scale": self.scale, "impl": self.impl}
         if cache is not None and cache.count is not None:
-            out = cached_attention(q, k, v, cache.count, impl=self.impl)  # (B, H, 1, D)
+            out = cached_attention(q, k, v, cache.count, **how)  # (B, H, 1, D)
         else:
-            out = causal_attention(q, k, v, impl=self.impl)  # (B, H, T, D)
+            out = causal_attention(q, k, v, **how)  # (B, H, T, D)
         out = out.transpose(1, 2).reshape(batch, positions, width)  # (B, T, C)
         return linear(out, self.c_proj.weight, self.c_proj.bias)
+
+    def _prepared(self, x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """Queries or keys (B, H, T, D), normalised and then turned, where the shape says so."""
+        if rotation is None and not self.qk_norm:
+            return x
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = to_unit_rms(y) if self.qk_norm else y
+        return (y if rotation is None else rotate(y, rotation)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -108,13 +186,18 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        rotation: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if branch is None:
             y = self.ln_1(x)
         else:
             y, x = self.ln_1.after_adding(branch, residual=x)
-        mixed = self._drop(self.attn(y, cache, layer))
+        mixed = self._drop(self.attn(y, cache, layer, rotation))
         y, x = self.ln_2.after_adding(mixed, residual=x)
         return x, self._drop(self.mlp(y))
 
@@ -150,14 +233,15 @@ class GPT(nn.Module):
         self.calibration: dict[str, Any] | None = None
         self.impl = "auto"
         self.recompute = False
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(self.config.vocab_size, self.config.n_embd),
-                "wpe": nn.Embedding(self.config.block_size, self.config.n_embd),
-                "h": nn.ModuleList(Block(self.config) for _ in range(self.config.n_layer)),
-                "ln_f": LayerNorm(self.config),
-            }
-        )
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(self.config.vocab_size, self.config.n_embd)
+        }
+        if not self.config.rotary:
+            parts["wpe"] = nn.Embedding(self.config.block_size, self.config.n_embd)
+        parts["h"] = nn.ModuleList(Block(self.config) for _ in range(self.config.n_layer))
+        parts["ln_f"] = LayerNorm(self.config)
+        self.transformer = nn.ModuleDict(parts)
+        self.rotation = Rotation(self.config) if self.config.rotary else None
         self._initialise()
         self._register_load_state_dict_pre_hook(self._before_load)
 
@@ -250,21 +334,27 @@ class GPT(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        position_weight = cast(nn.Embedding, self.transformer["wpe"]).weight  # (block, C)
-        if cache is not None and cache.count is not None:
-            positions = position_weight.index_select(0, cache.count.long() - 1)  # (1, C)
+        if self.rotation is None:
+            by_position = cast(nn.Embedding, self.transformer["wpe"]).weight  # (block, C)
         else:
-            positions = position_weight[start:end]  # (T, C)
-        x = F.embedding(tokens, self.token_weight) + positions
+            by_position = self.rotation.table  # (2, block, D/2)
+        if cache is not None and cache.count is not None:
+            here = by_position.index_select(-2, cache.count.long() - 1)  # (…, 1, …)
+        else:
+            here = by_position[..., start:end, :]  # (…, T, …)
+        x = F.embedding(tokens, self.token_weight)
+        rotation = None if self.rotation is None else here
+        if rotation is None:
+            x = x + here
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         recompute = self.recompute and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if recompute:
-                x, branch = checkpoint(block, x, branch, None, layer, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, None, layer, rotation, use_reentrant=False)
             else:
-                x, branch = block(x, branch, cache, layer)
+                x, branch = block(x, branch, cache, layer, rotation)
         if cache is not None:
             cache.advance(tokens.shape[1])
         assert branch is not None  # a model has a layer at least
@@ -297,6 +387,10 @@ class GPT(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Configuration, tokenizer and calibration as JSON-ready values."""
         shape = {name: getattr(self.config, name) for name in GPTConfig.__dataclass_fields__}
+        # Left out where they are off, so that a file of GPT-2's architecture is what it always was.
+        for name in ("rotary", "qk_norm"):
+            if not shape[name]:
+                del shape[name]
         tokenizer = None if self.tokenizer is None else self.tokenizer.to_dict()
         return {
             "config": shape,
@@ -327,12 +421,14 @@ class GPT(nn.Module):
             changes no tensor's shape, so that torch alone would load it and be wrong.)
         """
         content = _unpack(state)
-        theirs, ours = content.get("config") or {}, self.describe()["config"]
-        for name in ours:
-            if name != "dropout" and theirs.get(name, ours[name]) != ours[name]:
+        stated, later = content.get("config") or {}, ("rotary", "qk_norm")
+        for name in GPTConfig.__dataclass_fields__:
+            ours = getattr(self.config, name)
+            # What a configuration does not name is as it was before there was a choice.
+            theirs = stated.get(name, False if stated and name in later else ours)
+            if name != "dropout" and theirs != ours:
                 raise InputError(
-                    f"these weights belong to a model with {name} = {theirs[name]!r}, "
-                    f"not {ours[name]!r}"
+                    f"these weights belong to a model with {name} = {theirs!r}, not {ours!r}"
                 )
         stored = content.get("tokenizer")
         self.tokenizer = None if stored is None else tokenizer_from_dict(stored)

@@ -13,6 +13,7 @@ import torch
 from nanogpt import machine, memory, metadata
 from nanogpt.config import (
     PRESETS,
+    SHAPE_FLAGS,
     AdvancedConfig,
     ExploreConfig,
     GPTConfig,
@@ -148,13 +149,18 @@ def check_against_initial(config: AnyRun, initial: GPT | None) -> None:
         )
     preset = TrainConfig.__dataclass_fields__["preset"].default
     wanted: dict[str, Any] = dict(PRESETS[config.preset]) if config.preset != preset else {}
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    for name in SHAPE_FLAGS:
         if getattr(config, name) is not None:
             wanted[name] = getattr(config, name)
     for name, value in wanted.items():
         theirs = getattr(initial.config, name)
+        flag = name.replace("_", "-")
+        if theirs != value and isinstance(value, bool):
+            raise UsageError(
+                f"--{'' if value else 'no-'}{flag}: the model of --init was made "
+                f"with{'' if theirs else 'out'} it"
+            )
         if theirs != value:
-            flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value}: the model of --init has {theirs}")
 
 

@@ -31,10 +31,9 @@ def tensors_for(
     """Random weights of a GPT in the precision that `quantize` names."""
     random = torch.Generator().manual_seed(seed)
     width = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (config.vocab_size, width),
-        "transformer.wpe.weight": (config.block_size, width),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (config.vocab_size, width)}
+    if not config.rotary:
+        shapes["transformer.wpe.weight"] = (config.block_size, width)
 
     def add(name: str, *shape: int) -> None:
         shapes[f"{name}.weight"] = shape

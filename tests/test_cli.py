@@ -50,6 +50,8 @@ def test_flags_become_typed_values():
     assert (config.epochs, config.learning_rate, config.bias) == (5, 1e-3, True)
     assert parse("--text", "a", "--text", "b").text == ("a", "b")
     assert parse("--no-tensorboard").tensorboard is False
+    shape = parse("--rotary", "--no-qk-norm")
+    assert (shape.rotary, shape.qk_norm, parse().rotary) == (True, False, None)
     assert parse() == TrainConfig()
 
 

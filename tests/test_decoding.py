@@ -119,6 +119,27 @@ def test_greedy_text_is_the_same_with_and_without_the_cache(model, batch, length
     assert cached.shape == (batch, length + 3 * BLOCK)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("length", [1, BLOCK, 3 * BLOCK + 2])
+def test_every_architecture_writes_the_same_text_with_and_without_the_cache(
+    length, rotary, qk_norm
+):
+    """Beyond the context too, where the window restarts at position 0 and keys are made anew."""
+    torch.manual_seed(5)
+    shape = {"vocab_size": 29, "block_size": BLOCK, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(**shape, rotary=rotary, qk_norm=qk_norm).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    prompt = torch.randint(29, (3, length))
+    cached = model.generate(prompt, 3 * BLOCK, seed=4, engine="torch")
+    plain = model.generate(prompt, 3 * BLOCK, seed=4, use_cache=False)
+    assert torch.equal(cached, plain)
+    assert len(cached.unique()) > 5, "a constant text would prove little"
+
+
 def test_greedy_takes_the_likeliest_token_of_the_documented_window(model):
     """The loop written out once more, with nothing but forward."""
     text = torch.randint(29, (1, 5))
@@ -326,11 +347,15 @@ def test_stop_text_holds_back_only_what_could_begin_a_stop():
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"][:: 1 if TRITON else 2])
-@pytest.mark.parametrize("length", [1, 5, 15, 16, 40])
-def test_a_step_that_counts_on_the_device_writes_the_same_tokens(impl, length):
+@pytest.mark.parametrize(
+    ("length", "architecture"),
+    [(1, {}), (5, {}), (15, {}), (16, {}), (40, {}), (15, {"rotary": True, "qk_norm": True})],
+)
+def test_a_step_that_counts_on_the_device_writes_the_same_tokens(impl, length, architecture):
     """The step of a CUDA graph, run kernel by kernel; the context of 16 is outgrown."""
     torch.manual_seed(1)
-    model = GPT(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=20).eval()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 20}
+    model = GPT(**shape, **architecture).eval()
     prompt = torch.randint(20, (3, length))
     want = model.generate(prompt, 30, seed=3)
     got = model.set_kernels(impl).generate(prompt, 30, seed=3, use_graph=True)

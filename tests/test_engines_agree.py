@@ -16,10 +16,13 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 BLOCK = 64
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_256_greedy_tokens_of_ten_prompts_are_the_models(tmp_path, kind, bias):
-    model = make_model(kind, bias)
+@pytest.mark.parametrize(
+    ("kind", "bias", "architecture"),
+    [(kind, bias, {}) for kind in KINDS for bias in (False, True)]
+    + [("char", False, {"rotary": True}), ("char", False, {"rotary": True, "qk_norm": True})],
+)
+def test_256_greedy_tokens_of_ten_prompts_are_the_models(tmp_path, kind, bias, architecture):
+    model = make_model(kind, bias, **architecture)
     export_model(model, tmp_path / "model.pt")
     engine = native.open_file(tmp_path / "model.pt", threads=1)
     vocab_size = model.config.vocab_size

@@ -62,7 +62,10 @@ def make_model(kind="char", bias=True, **shape):
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         # The tied head likes the token that it has just read; positions are what makes it change.
-        model.transformer["wpe"].weight.mul_(4)
+        if model.config.rotary:
+            model.token_weight.div_(8)
+        else:
+            model.transformer["wpe"].weight.mul_(4)
     return model.eval()
 
 
@@ -103,10 +106,13 @@ def greedy(module, prompts, new, block_size):
 # TorchScript: what it computes
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_256_greedy_tokens_of_ten_prompts_are_the_models(tmp_path, kind, bias):
-    model = make_model(kind, bias)
+@pytest.mark.parametrize(
+    ("kind", "bias", "architecture"),
+    [(kind, bias, {}) for kind in KINDS for bias in (False, True)]
+    + [("char", False, {"rotary": True}), ("byte", True, {"rotary": True, "qk_norm": True})],
+)
+def test_256_greedy_tokens_of_ten_prompts_are_the_models(tmp_path, kind, bias, architecture):
+    model = make_model(kind, bias, **architecture)
     module = torchscript.load(write(model, tmp_path / "model.pt"))
     vocab_size, block = model.config.vocab_size, model.config.block_size
     prompts = torch.randint(vocab_size, (10, 5), generator=torch.Generator().manual_seed(1))
@@ -134,6 +140,43 @@ def test_logits_are_those_of_the_stored_weights(exported, quantize):
     assert (got - want[:, 19:]).abs().max() < 1e-5 * want.abs().max()
     if quantize != "none":
         assert (want - model(tokens)[0]).abs().max() > 1e-4, "quantization changes something"
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize(
+    "architecture", [{"rotary": True}, {"qk_norm": True}, {"rotary": True, "qk_norm": True}]
+)
+def test_every_architecture_is_exported_verified_and_its_own_again(
+    tmp_path, quantize, architecture
+):
+    """Verified by all engines, written again byte for byte, and without a record more."""
+    model, path = make_model(**architecture), tmp_path / "model.pt"
+    report = export_model(model, path, quantize=quantize)
+    assert report.verified
+    assert all(row.holds for row in report.agreements)
+    torchscript.load(path)
+    content = archive.read(path)
+    assert architecture.items() <= content.index["config"].items()
+    assert ("transformer.wpe.weight" in content.tensors) == ("rotary" not in architecture)
+    assert not [name for name in content.records if name.startswith("constants/")]
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ({"rotary": True}, "the model has rotary, which GPT-2 has not"),
+        ({"rotary": True, "qk_norm": True}, "the model has rotary and qk_norm, which"),
+    ],
+)
+def test_gpt2s_formats_refuse_what_gpt2_has_not(nanogpt, tmp_path, format, architecture, words):
+    checkpoint.save(make_model(**architecture), tmp_path / "gpt.pth")
+    outcome = nanogpt("export", "--model", tmp_path / "gpt.pth", "--format", format,
+                      "--output", tmp_path / "out")  # fmt: skip
+    assert (outcome.code, outcome.err.count("\n")) == (3, 1)
+    assert words in outcome.err
+    assert f"{format} holds GPT-2's architecture alone" in outcome.err
+    assert os.listdir(tmp_path) == ["gpt.pth"]
 
 
 def test_the_cache_takes_any_batch_and_forward_leaves_it_alone(exported):

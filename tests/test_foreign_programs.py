@@ -24,13 +24,14 @@ NAME, PLUGIN = "nanogpt-generate", "nanogpt_torchscript.so"
 CODE = "code/__torch__/nanogpt/export/torchscript.py"
 LISTS = (ROOT / "csrc" / "generate" / "torchscript_check.cpp").read_text(encoding="utf-8")
 SHAPES = list(product(("none", "bf16", "int8"), (True, False), (1, 3)))
+TURNED = {"rotary": True, "qk_norm": True}
 
 # What the words of exports can name besides Python's own; each computes on its arguments alone.
 OPERATORS = {
-    "aten": "_set_item add arange copy_ count device dim embedding eq floordiv format ge gelu gt "
-    "index keys layer_norm linear list lt max min mul ne permute reshape "
-    "scaled_dot_product_attention select size slice to transpose unbind unsqueeze values view "
-    "zeros",
+    "aten": "_set_item add arange cat copy_ cos count device dim div embedding eq floordiv format "
+    "ge gelu gt index keys layer_norm linear list lt max mean min mul ne neg permute pow reshape "
+    "rsqrt scaled_dot_product_attention select sin size slice sub to transpose unbind unsqueeze "
+    "values view zeros",
     "prim": "RaiseException device dtype index layout max min",
 }
 
@@ -111,9 +112,14 @@ def runner():
     return run
 
 
-@pytest.mark.parametrize(("quantize", "bias", "n_layer"), SHAPES)
-def test_every_export_runs_unasked(runner, tmp_path, quantize, bias, n_layer):
-    path = export(tmp_path / "model.pt", quantize, bias, n_layer)
+@pytest.mark.parametrize(
+    ("quantize", "bias", "n_layer", "more"),
+    [(*shape, {}) for shape in SHAPES]
+    + [("none", True, 1, TURNED), ("int8", False, 3, TURNED)]
+    + [("bf16", False, 1, {name: True}) for name in TURNED],
+)
+def test_every_export_runs_unasked(runner, tmp_path, quantize, bias, n_layer, more):
+    path = export(tmp_path / "model.pt", quantize, bias, n_layer, **more)
     outcome = runner(path)
     assert outcome.returncode == 0, outcome.stderr
     tokens = torch.tensor([[0, 1, 2]])
@@ -256,8 +262,9 @@ def test_a_value_of_another_kind_than_declared_ends_in_words(runner, own, tmp_pa
 def sayable():
     """Words and texts of the exporter's code in every form, without the digits that end words."""
     words, texts = set(), set()
-    for quantize, bias, n_layer in SHAPES:
-        model = GPT(vocab_size=5, block_size=16, n_layer=n_layer, n_head=2, n_embd=8, bias=bias)
+    for (quantize, bias, n_layer), more in product(SHAPES, ({}, TURNED)):
+        shape = {"n_layer": n_layer, "n_head": 2, "n_embd": 8, "bias": bias, **more}
+        model = GPT(vocab_size=5, block_size=16, **shape)
         members, _ = torchscript._scripted_archive(
             model.config, torchscript.weights_of(model, quantize)
         )
@@ -266,7 +273,9 @@ def sayable():
                 pieces = raw.decode("ascii").split('"')
                 texts |= {text for text in pieces[1::2] if not text.isdigit()}
                 words |= set(re.findall(r"\w+", " ".join(pieces[::2])))
-    return {re.sub(r"\d+$", "", word) for word in words if not word.isdigit()}, texts
+    numbers = re.compile(r"\d+e?")  # an exponent begins with a sign
+    words = {word for word in words if not numbers.fullmatch(word)}
+    return {re.sub(r"\d+$", "", word) for word in words}, texts
 
 
 def declared(name):

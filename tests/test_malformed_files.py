@@ -402,6 +402,19 @@ MODELS = {
         pth(put("config", "bias", to="yes")),
         "{path} has no usable configuration: bias must be true or false, not 'yes'",
     ),
+    "a configuration with a number for yes or no": Kind(
+        pth(put("config", "rotary", to=1)),
+        "{path} has no usable configuration: rotary must be true or false, not 1",
+    ),
+    "a configuration whose rotary heads have an odd width": Kind(
+        pth(lambda content: content["config"].update(rotary=True, n_head=8)),
+        "{path} has no usable configuration: rotary positions turn pairs, but the heads' width "
+        "(n_embd / n_head) is 1, which is odd",
+    ),
+    "a configuration of rotary positions beside learned ones": Kind(
+        pth(put("config", "rotary", to=True)),
+        "{path} is damaged: its weights do not fit its configuration",
+    ),
     "a configuration that is null": Kind(
         pth(put("config", to=None)), "{path} has no usable configuration: it is not a JSON object"
     ),
@@ -738,6 +751,11 @@ EXPORTS = {
     "an index with a bias that is a number": Kind(
         indexed(put("config", "bias", to=1)),
         "{path} is damaged: its extra/nanogpt.json's configuration has a 'bias' that is "
+        "neither true nor false",
+    ),
+    "an index with a qk_norm that is a text": Kind(
+        indexed(put("config", "qk_norm", to="yes")),
+        "{path} is damaged: its extra/nanogpt.json's configuration has a 'qk_norm' that is "
         "neither true nor false",
     ),
     "an index with a size that is negative": Kind(

@@ -67,10 +67,15 @@ def logits_of(model, tokens):
         return model(torch.tensor([tokens]))[0][0].numpy()
 
 
+TURNED = {"rotary": True, "qk_norm": True}
+ARCHITECTURES = [{}, {"rotary": True}, {"qk_norm": True}, TURNED]
+
+
 @built
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_those_of_torch_in_every_way_of_reading(bias):
-    model = small_model(bias)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_those_of_torch_in_every_way_of_reading(bias, architecture):
+    model = small_model(bias, **architecture)
     engine = native.engine_for(model)
     tokens = torch.randint(28, (16,)).tolist()
     want = logits_of(model, tokens)
@@ -102,6 +107,7 @@ def test_it_says_what_it_is(model):
     engine = native.engine_for(model, threads=2)
     assert engine.config == {
         "vocab_size": 28, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 36, "bias": False,
+        "rotary": False, "qk_norm": False,
     }  # fmt: skip
     assert engine.threads == 2
     assert engine.quantization == "none"
@@ -134,6 +140,32 @@ def test_the_same_seed_gives_the_text_of_torch_beyond_the_context(case, bias):
             assert len(ours[:, length:].unique()) > 5, "a text of one letter compares nothing"
         assert torch.equal(ours, model.generate(tokens, 40, engine="torch", **options))
         assert ours.shape == (3, length + 40)
+
+
+@built
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_writes_the_text_of_torch_beyond_the_context(architecture):
+    model = small_model(True, **architecture)
+    for length in (1, 14, 16, 40):
+        tokens = torch.randint(28, (3, length))
+        ours, theirs = (
+            model.generate(tokens, 40, seed=11, engine=engine) for engine in ("native", "torch")
+        )
+        assert len(ours[:, length:].unique()) > 5, "a text of one letter compares nothing"
+        assert torch.equal(ours, theirs)
+
+
+@built
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_of_several_blocks_is_read_as_torch_reads_it(architecture):
+    model = small_model(block_size=300, **architecture)
+    tokens = torch.randint(28, (300,)).tolist()
+    want = logits_of(model, tokens)
+    engine = native.engine_for(model)
+    close = {"rtol": 0, "atol": 5e-6 * np.abs(want).max()}
+    np.testing.assert_allclose(engine.logits(tokens), want, **close)
+    np.testing.assert_allclose(engine.prefill(tokens[:290]), want[289], **close)
+    np.testing.assert_allclose(engine.decode(tokens[290]), want[290], **close)
 
 
 @built
@@ -241,8 +273,9 @@ def narrow(model, kind):
 
 @built
 @pytest.mark.parametrize(("kind", "word"), [("bfloat16", "bf16"), ("int8", "int8")])
-def test_narrow_weights_mean_what_export_says(compiled, kind, word):
-    model = small_model(True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_narrow_weights_mean_what_export_says(compiled, kind, word, architecture):
+    model = small_model(True, **architecture)
     arrays, dtypes, meant = narrow(model, kind)
     engine = compiled.Engine.from_tensors(model.describe()["config"], arrays, dtypes=dtypes)
     assert engine.quantization == word
@@ -279,6 +312,17 @@ MISFITS = {
     "a size that is a word": (lambda c, t: c.update(n_embd="x"), InputError, "n_embd"),
     "no size": (lambda c, t: c.pop("n_embd"), InputError, "n_embd"),
     "biases that are not there": (lambda c, t: c.update(bias=True), InputError, "bias"),
+    "positions that are not learned": (lambda c, t: c.update(rotary=True), InputError, "wpe"),
+    "rotary heads of an odd width": (
+        lambda c, t: c.update(rotary=True, n_head=4),
+        InputError,
+        "is 9, which is odd",
+    ),
+    "rotary positions without end": (
+        lambda c, t: c.update(rotary=True, n_head=2, block_size=2**21),
+        InputError,
+        "block_size",
+    ),
 }
 
 

@@ -139,6 +139,12 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[Index], Any], str]] = {
     "a missing size": (_drop("config", "block_size"), "lacks 'block_size'"),
     "an unknown field": (_set("config", "rope", to=True), "'rope'"),
     "a bias that is a number": (_set("config", "bias", to=1), "'bias'"),
+    "a rotary that is a text": (_set("config", "rotary", to="yes"), "'rotary'"),
+    "a qk_norm that is null": (_set("config", "qk_norm", to=None), "'qk_norm'"),
+    "rotary positions beside learned ones": (
+        _set("config", "rotary", to=True),
+        "'transformer.wpe.weight' belongs to no part of the model",
+    ),
     "dropout of one": (_set("config", "dropout", to=1.0), "'dropout'"),
     "heads that do not divide": (_set("config", "n_head", to=3), "n_head"),
     "more heads than width": (_set("config", "n_head", to=8), "n_head"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,23 @@ def test_an_archive_of_every_precision_is_read(tmp_path: Path, quantize: str, bi
         f"{'with' if bias else 'without'} biases, temperature 1.5, "
         f"tokenizer of {len(canonical_json(tokenizer))} bytes, parity {parity}"
     )
+
+
+@pytest.mark.parametrize("quantize", ["none", "bf16", "int8"])
+def test_an_archive_of_another_architecture_is_read(tmp_path: Path, quantize: str) -> None:
+    config = dataclasses.replace(TINY, rotary=True, qk_norm=True)
+    found = outcome_of(write_archive(tmp_path / "m.pt", config, quantize))
+    assert found.code == 0, found.sentence
+    assert "without biases, rotary, qk_norm, temperature none" in found.sentence
+
+
+def test_an_archive_from_before_there_was_a_choice_is_read(tmp_path: Path) -> None:
+    def older(index: dict[str, Any]) -> None:
+        del index["config"]["rotary"], index["config"]["qk_norm"]
+
+    found = outcome_of(write_archive(tmp_path / "m.pt", change=older))
+    assert found.code == 0, found.sentence
+    assert "without biases, temperature none" in found.sentence
 
 
 def test_a_safetensors_model_file_is_read(safetensors: Path) -> None:

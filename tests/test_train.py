@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import nanogpt as package
-from nanogpt import checkpoint
+from nanogpt import checkpoint, native
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
 from nanogpt.plan import first_difference
@@ -535,6 +535,48 @@ def test_a_text_with_characters_the_initial_model_lacks_is_refused(train, text_f
     assert "--n-embd 32: the model of --init has 16" in outcome.err
     outcome = train("--text", text_file, "--init", "first.pth", "--tokenizer", "bpe")
     assert "--tokenizer bpe: the model of --init has a char tokenizer" in outcome.err
+
+
+def test_the_architecture_is_chosen_by_flags_and_every_engine_writes_its_text(
+    train, nanogpt, text_file
+):
+    flags = ("--text", text_file, "--max-steps", 3, "--output", "turned.pth")
+    outcome = train(*flags, "--rotary", "--qk-norm")
+    assert outcome.code == 0, outcome.err
+    model, _ = package.load("turned.pth")
+    assert (model.config.rotary, model.config.qk_norm) == (True, True)
+    exported = nanogpt("export", "--model", "turned.pth", "--output", "turned.pt")
+    assert exported.code == 0, exported.err
+    ways = [("turned.pth", "torch")]
+    if native.available():
+        ways += [("turned.pth", "native"), ("turned.pt", "native")]
+    texts = []
+    for name, engine in ways:
+        written = nanogpt("sample", "--model", name, "--engine", engine, "--seed", 3,
+                          "--max-new-tokens", 60, "--threads", 1)  # fmt: skip
+        assert written.code == 0, written.err
+        texts.append(written.out)
+    assert len(texts[0]) >= 60
+    assert texts == texts[:1] * len(texts)
+
+
+def test_the_architecture_of_the_initial_model_stays(train, text_file):
+    train("--text", text_file, "--max-steps", 2, "--output", "first.pth", "--rotary")
+    outcome = train("--text", text_file, "--init", "first.pth", "--max-steps", 1)
+    assert outcome.code == 0, outcome.err
+    assert package.load("gpt.pth")[0].config.rotary
+    outcome = train("--text", text_file, "--init", "first.pth", "--no-rotary")
+    assert outcome.code == 2
+    assert "--no-rotary: the model of --init was made with it" in outcome.err
+    outcome = train("--text", text_file, "--init", "first.pth", "--qk-norm")
+    assert outcome.code == 2
+    assert "--qk-norm: the model of --init was made without it" in outcome.err
+
+
+def test_heads_that_cannot_be_rotary_are_named(train, text_file):
+    outcome = train("--text", text_file, "--rotary", "--n-embd", 15, "--n-head", 5)
+    assert outcome.code == 2
+    assert "is 3, which is odd: set --n-embd and --n-head" in outcome.err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -24,6 +24,10 @@ constexpr int kMostThreads = 1024;
 constexpr int kTrials = 4;
 // Steps after which the choice is made anew, because what else the machine does changes.
 constexpr int kStepsOfAChoice = 2000;
+// As QK_GAIN, QK_EPS and ROTARY_BASE in nanogpt/model.py.
+constexpr float kQkGain = 1.5f;
+constexpr float kQkEpsilon = 1e-6f;
+constexpr double kRotaryBase = 10000.0;
 
 struct Matrix {
   DType dtype = DType::f32;
@@ -163,6 +167,10 @@ struct Decoder::State {
     return (static_cast<int64_t>(layer) * config.n_head + head) * config.block_size *
            config.head_width();
   }
+  float embedded(int32_t token, int64_t position, int64_t feature) const;
+  void turn_to(int64_t end);
+  void ready(float* x, int64_t width, int64_t count, int64_t position) const;
+  float score_scale() const;
   void norm_few(const Norm& norm, float* out) const;
   void few_to_logits(int thread, int threads);
   void attend_few(size_t layer, int64_t head, const Operand& normed, Scratch& scratch);
@@ -186,6 +194,12 @@ struct Decoder::State {
   bool narrow_cache;
   Buffer<char> keys_, values_;  // (L, H, block, D)
   Buffer<float> x, query, mixed, hidden, logits;
+
+  // Cosines and then sines of a position's angles, (block, D), of the first `turned` positions: a
+  // context that is never filled costs nothing.
+  Buffer<float> rotation;
+  int64_t turned = 0;
+  bool prepares;  // queries and keys, before they are compared
 
   int few = 1;
   // Of a prompt's block.
@@ -236,7 +250,9 @@ Decoder::State::State(const Weights& weights, int threads)
       query(kFew * config.n_embd),
       mixed(kFew * config.n_embd),
       hidden(kFew * 4 * config.n_embd),
-      logits(config.vocab_size) {
+      logits(config.vocab_size),
+      rotation(config.rotary ? config.block_size * config.head_width() : 0),
+      prepares(config.rotary || config.qk_norm) {
   const auto vector_named = [&](const std::string& name) -> const float* {
     const auto found = weights.tensors.find(name);
     return found == weights.tensors.end() ? nullptr : static_cast<const float*>(found->second.data);
@@ -254,7 +270,7 @@ Decoder::State::State(const Weights& weights, int threads)
                   tensor.shape[1]};
   };
   tokens_matrix = matrix_named("transformer.wte");
-  positions_matrix = matrix_named("transformer.wpe");
+  if (!config.rotary) positions_matrix = matrix_named("transformer.wpe");
   ln_f = norm_named("transformer.ln_f");
   for (int64_t i = 0; i < config.n_layer; ++i) {
     const std::string prefix = "transformer.h." + std::to_string(i) + ".";
@@ -296,6 +312,61 @@ void Decoder::State::check_tokens(const int32_t* tokens, int64_t count) const {
                        std::to_string(config.vocab_size));
     }
   }
+}
+
+// A feature of what the first layer reads.
+float Decoder::State::embedded(int32_t token, int64_t position, int64_t feature) const {
+  const float x = element(tokens_matrix, token, feature);
+  return config.rotary ? x : x + element(positions_matrix, position, feature);
+}
+
+// cos and sin of position * base^(-2i/D), in double precision as in Python.
+void Decoder::State::turn_to(int64_t end) {
+  const int64_t d = config.head_width(), half = d / 2;
+  for (; turned < end; ++turned) {
+    float* row = rotation.get() + turned * d;
+    for (int64_t i = 0; i < half; ++i) {
+      const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(d);
+      const double angle = static_cast<double>(turned) * std::pow(kRotaryBase, exponent);
+      row[i] = static_cast<float>(std::cos(angle));
+      row[half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+// Queries or keys of one head, of `count` <= kPanel tokens from `position` on: (D, width) in place.
+// They are divided by their root mean square, and features i and i + D/2 are turned as a pair.
+void Decoder::State::ready(float* x, int64_t width, int64_t count, int64_t position) const {
+  const int64_t d = config.head_width(), half = d / 2;
+  if (config.qk_norm) {
+    float factors[kPanel] = {};
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t t = 0; t < count; ++t) factors[t] += x[i * width + t] * x[i * width + t];
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      factors[t] = 1.0f / std::sqrt(factors[t] / static_cast<float>(d) + kQkEpsilon);
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t t = 0; t < count; ++t) x[i * width + t] *= factors[t];
+    }
+  }
+  if (!config.rotary) return;
+  const float* row = rotation.get() + position * d;
+  for (int64_t i = 0; i < half; ++i) {
+    float* first = x + i * width;
+    float* second = x + (half + i) * width;
+    for (int64_t t = 0; t < count; ++t) {
+      const float cos = row[t * d + i], sin = row[t * d + half + i];
+      const float x1 = first[t], x2 = second[t];
+      first[t] = x1 * cos - x2 * sin;
+      second[t] = x2 * cos + x1 * sin;
+    }
+  }
+}
+
+float Decoder::State::score_scale() const {
+  const float gain = config.qk_norm ? kQkGain : 1.0f;
+  return gain / std::sqrt(static_cast<float>(config.head_width()));
 }
 
 // `n` elements of each of `few` tokens, which stand one after the other.
@@ -359,14 +430,20 @@ void Decoder::State::multiply(const Matrix& m, int64_t first, int64_t rows, cons
 void Decoder::State::attend_few(size_t l, int64_t head, const Operand& normed, Scratch& scratch) {
   const Matrix& qkv = layers[l].qkv;
   const int64_t c = config.n_embd, d = config.head_width(), at = head * d;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  const float scale = score_scale();
   float* scores = scratch.scores.get();
   float* rows = scratch.rows.get();
+  // Of each token, `stride` after the one before.
+  const auto ready_all = [&](float* x, int64_t stride) {
+    for (int t = 0; prepares && t < few; ++t) ready(x + t * stride, 1, 1, length + t);
+  };
   multiply(qkv, at, d, normed, query.get() + at, c, Store::plain);
+  ready_all(query.get() + at, c);
   if (narrow_cache) {
     uint16_t* k = keys<uint16_t>(l, head);
     uint16_t* v = values<uint16_t>(l, head);
     multiply(qkv, c + at, d, normed, rows, d, Store::plain);
+    ready_all(rows, d);
     kernels.to_bf16(rows, few * d, k + length * d);
     multiply(qkv, 2 * c + at, d, normed, rows, d, Store::plain);
     kernels.to_bf16(rows, few * d, v + length * d);
@@ -381,6 +458,7 @@ void Decoder::State::attend_few(size_t l, int64_t head, const Operand& normed, S
     float* k = keys<float>(l, head);
     float* v = values<float>(l, head);
     multiply(qkv, c + at, d, normed, k + length * d, d, Store::plain);
+    ready_all(k + length * d, d);
     multiply(qkv, 2 * c + at, d, normed, v + length * d, d, Store::plain);
     for (int t = 0; t < few; ++t) {
       const int64_t seen = length + t + 1;
@@ -552,7 +630,7 @@ void Decoder::State::block(int thread, int threads) {
   PromptBuffers& b = *prompt;
   const int64_t c = config.n_embd, d = config.head_width(), heads = config.n_head;
   const int groups = (widths[0] + widths[1]) / kLanes;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  const float scale = score_scale();
   int64_t phase = 0;
   // Takes one of `count` pieces after another until none is left, then waits for the others.
   const auto share = [&](int64_t count, auto&& work) {
@@ -589,8 +667,7 @@ void Decoder::State::block(int thread, int threads) {
       const int64_t token = group * kLanes + t;
       if (token < block_count) {
         for (int64_t i = 0; i < c; ++i) {
-          to[i * width + t] = element(tokens_matrix, block_tokens[token], i) +
-                              element(positions_matrix, length + token, i);
+          to[i * width + t] = embedded(block_tokens[token], length + token, i);
         }
       } else {
         for (int64_t i = 0; i < c; ++i) to[i * width + t] = 0.0f;
@@ -603,9 +680,13 @@ void Decoder::State::block(int thread, int threads) {
     product(layer.qkv, b.y.get(), b.qkv.get(), Store::plain);
     share(heads, [&](int64_t h) {
       for (int p = 0; p < n_panels; ++p) {
-        const float* qkv = b.qkv.get() + offsets[p] * 3 * c;
+        float* qkv = b.qkv.get() + offsets[p] * 3 * c;
         const int64_t w = widths[p];
         const int64_t real = std::min<int64_t>(w, block_count - offsets[p]);
+        if (prepares) {
+          ready(qkv + h * d * w, w, real, length + offsets[p]);
+          ready(qkv + (c + h * d) * w, w, real, length + offsets[p]);
+        }
         for (int64_t t = 0; t < real; ++t) {
           const int64_t row = (length + offsets[p] + t) * d;
           store_key_value(l, h, row, qkv + (c + h * d) * w + t, qkv + (2 * c + h * d) * w + t, w,
@@ -702,12 +783,12 @@ void Decoder::State::start_trial() {
 
 const float* Decoder::State::append(const int32_t* tokens, int64_t count, float* all) {
   check_tokens(tokens, count);
+  if (config.rotary) turn_to(length + count);
   if (count <= kFew) {
     few = static_cast<int>(count);
     for (int t = 0; t < few; ++t) {
       for (int64_t i = 0; i < config.n_embd; ++i) {
-        x.get()[t * config.n_embd + i] =
-            element(tokens_matrix, tokens[t], i) + element(positions_matrix, length + t, i);
+        x.get()[t * config.n_embd + i] = embedded(tokens[t], length + t, i);
       }
     }
     wants_all = all;

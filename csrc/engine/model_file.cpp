@@ -99,7 +99,8 @@ Config read_config(const json& description, const std::string& where) {
   const json& fields = object_in(description, "config", where);
   const std::string called = where + "'s configuration";
   check_names(fields,
-              {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"},
+              {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+               "rotary", "qk_norm"},
               called);
   Config config;
   config.vocab_size = whole_in(fields, "vocab_size", called);
@@ -108,6 +109,9 @@ Config read_config(const json& description, const std::string& where) {
   config.n_head = whole_in(fields, "n_head", called);
   config.n_embd = whole_in(fields, "n_embd", called);
   config.bias = truth_in(fields, "bias", called);
+  // Files of plain models, and all of earlier versions, have neither.
+  config.rotary = fields.contains("rotary") && truth_in(fields, "rotary", called);
+  config.qk_norm = fields.contains("qk_norm") && truth_in(fields, "qk_norm", called);
   const json& dropout = member_of(fields, "dropout", called);
   if (!dropout.is_number() || !(dropout.get<double>() >= 0.0 && dropout.get<double>() < 1.0)) {
     throw InputError(called + " has a 'dropout' that is not at least 0 and below 1");

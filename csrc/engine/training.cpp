@@ -104,7 +104,7 @@ TrainingStep::TrainingStep(const TrainingShape& shape, const std::vector<Trained
   const Config& c = shape_.config;
   const int64_t width = c.n_embd;
   tokens_ = parameter("transformer.wte.weight", c.vocab_size * width);
-  if (!shape_.rotary) positions_ = parameter("transformer.wpe.weight", c.block_size * width);
+  if (!shape_.config.rotary) positions_ = parameter("transformer.wpe.weight", c.block_size * width);
   for (int64_t i = 0; i < c.n_layer; ++i) {
     const std::string name = "transformer.h." + std::to_string(i) + ".";
     layers_.push_back(
@@ -113,7 +113,7 @@ TrainingStep::TrainingStep(const TrainingShape& shape, const std::vector<Trained
          linear(name + "mlp.c_proj", width, 4 * width)});
   }
   last_norm_ = norm("transformer.ln_f");
-  if (shape_.rotary) {
+  if (shape_.config.rotary) {
     const int64_t half = c.head_width() / 2;
     for (int64_t t = 0; t < c.block_size; ++t) {
       for (int64_t i = 0; i < half; ++i) {
@@ -314,8 +314,8 @@ void TrainingStep::heads(Job& job, const Kept& kept, const char* grad_out, int t
     head.width = width;
     head.model_width = c.n_embd;
     head.scale = shape_.attention_scale;
-    head.normed = shape_.qk_norm;
-    if (shape_.rotary) {
+    head.normed = shape_.config.qk_norm;
+    if (shape_.config.rotary) {
       head.cosines = cosines_.data();
       head.sines = sines_.data();
     }
@@ -361,7 +361,7 @@ void TrainingStep::forward(Job& job, int thread, int threads) {
   float* x = s.layers[0].x;
   for (int64_t row = rows.first; row < rows.last; ++row) {
     const float* position =
-        shape_.rotary ? nullptr : positions_.weight + row % job.positions * width;
+        shape_.config.rotary ? nullptr : positions_.weight + row % job.positions * width;
     kernels_.embed(tokens_.weight + job.token(row) * width, position, width, x + row * width);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -507,7 +507,7 @@ void TrainingStep::backward(Job& job, int thread, int threads) {
   const Part part = part_of(width, 16, thread, threads);
   const int64_t count = part.last - part.first;
   if (count <= 0) return;
-  if (!shape_.rotary && !job.add) {
+  if (!shape_.config.rotary && !job.add) {
     for (int64_t t = 0; t < shape_.config.block_size; ++t) {
       std::memset(positions_.grad + t * width + part.first, 0, static_cast<size_t>(count) * 4);
     }
@@ -515,7 +515,7 @@ void TrainingStep::backward(Job& job, int thread, int threads) {
   for (int64_t row = 0; row < job.rows; ++row) {
     const float* grad = s.grad + row * width + part.first;
     kernels_.add(grad, count, tokens_.grad + job.token(row) * width + part.first);
-    if (!shape_.rotary) {
+    if (!shape_.config.rotary) {
       kernels_.add(grad, count, positions_.grad + row % job.positions * width + part.first);
     }
   }

@@ -40,8 +40,6 @@ struct MuonMatrix {
 
 struct TrainingShape {
   Config config;
-  bool rotary = false;
-  bool qk_norm = false;
   float attention_scale = 0.0f;
 };
 

@@ -13,6 +13,8 @@ constexpr int64_t largest_vocab = int64_t{1} << 24;
 constexpr int64_t largest_block = int64_t{1} << 24;
 constexpr int64_t largest_layers = int64_t{1} << 12;
 constexpr int64_t largest_width = int64_t{1} << 20;
+// As MOST_ROTARY_POSITIONS in nanogpt/config.py: no tensor has this many rows.
+constexpr int64_t largest_rotary_block = int64_t{1} << 20;
 
 void check_size(const char* name, int64_t value, int64_t largest) {
   if (value < 1 || value > largest) {
@@ -141,6 +143,13 @@ void check(const Weights& weights) {
     throw InputError("n_embd (" + std::to_string(config.n_embd) +
                      ") is not a multiple of n_head (" + std::to_string(config.n_head) + ")");
   }
+  if (config.rotary && config.head_width() % 2 != 0) {
+    throw InputError("rotary positions turn pairs, but the heads' width (n_embd / n_head) is " +
+                     std::to_string(config.head_width()) + ", which is odd");
+  }
+  if (config.rotary) {
+    check_size("block_size", config.block_size, largest_rotary_block);
+  }
   const int64_t width = config.n_embd;
   Inventory inventory(weights.tensors);
   const auto norm = [&](const std::string& name) {
@@ -156,7 +165,9 @@ void check(const Weights& weights) {
     }
   };
   inventory.matrix("transformer.wte.weight", config.vocab_size, width);
-  inventory.positions("transformer.wpe.weight", config.block_size, width);
+  if (!config.rotary) {
+    inventory.positions("transformer.wpe.weight", config.block_size, width);
+  }
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
     const std::string block = "transformer.h." + std::to_string(layer);
     norm(block + ".ln_1");

@@ -25,6 +25,8 @@ struct Config {
   int64_t n_head = 0;      // H
   int64_t n_embd = 0;      // C
   bool bias = false;
+  bool rotary = false;   // positions turn queries and keys; there is no wpe
+  bool qk_norm = false;  // queries and keys of a head are divided by their root mean square
   int64_t head_width() const { return n_embd / n_head; }  // D
 };
 
@@ -39,7 +41,8 @@ struct Tensor {
 // Named as in the state dict: "transformer.wte.weight" (V, C), "transformer.wpe.weight" (block, C),
 // "transformer.h.0.ln_1.weight" (C), "….attn.c_attn.weight" (3C, C), "….attn.c_proj.weight" (C, C),
 // "….ln_2.weight", "….mlp.c_fc.weight" (4C, C), "….mlp.c_proj.weight" (C, 4C),
-// "transformer.ln_f.weight", with ".bias" beside each but the embeddings where config.bias.
+// "transformer.ln_f.weight", with ".bias" beside each but the embeddings where config.bias, and no
+// wpe where config.rotary.
 // An int8 matrix W has its float32 scales, one a row, under W's name + ".scale": W = scale * int8.
 // Vectors are float32; "transformer.wpe.weight" is float32 or bfloat16.
 struct Weights {

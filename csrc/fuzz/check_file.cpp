@@ -55,7 +55,8 @@ Outcome outcome(const Source&... source) {
     text << "good: " << file.weights().tensors.size() << " tensors, " << file.quantization()
          << ", V=" << config.vocab_size << " block=" << config.block_size << " L=" << config.n_layer
          << " H=" << config.n_head << " C=" << config.n_embd
-         << (config.bias ? " with biases" : " without biases") << ", temperature ";
+         << (config.bias ? " with biases" : " without biases") << (config.rotary ? ", rotary" : "")
+         << (config.qk_norm ? ", qk_norm" : "") << ", temperature ";
     if (file.calibration_temperature()) {
       text << *file.calibration_temperature();
     } else {

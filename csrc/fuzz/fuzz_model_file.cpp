@@ -38,6 +38,8 @@ const std::vector<std::string> pieces = {
     "\xff",
     "{\"a\":",
     "\"bias\":true",
+    "\"rotary\":true,",
+    "\"qk_norm\":true,",
     "\"n_layer\":2",
     "\"record\":\"constants/0\"",
     "\"dtype\":\"int8\"",
@@ -56,9 +58,9 @@ std::optional<std::string> content(const Bytes& bytes) {
     std::ostringstream text;
     text.precision(17);
     text << config.vocab_size << ' ' << config.block_size << ' ' << config.n_layer << ' '
-         << config.n_head << ' ' << config.n_embd << ' ' << config.bias << ' '
-         << file.quantization() << ' ' << file.calibration_temperature().value_or(-1) << ' '
-         << file.tokenizer_json();
+         << config.n_head << ' ' << config.n_embd << ' ' << config.bias << ' ' << config.rotary
+         << ' ' << config.qk_norm << ' ' << file.quantization() << ' '
+         << file.calibration_temperature().value_or(-1) << ' ' << file.tokenizer_json();
     for (const auto& [name, tensor] : file.weights().tensors) {
       text << '\n' << name << ' ' << static_cast<int>(tensor.dtype);
       for (const int64_t length : tensor.shape) {

@@ -43,6 +43,7 @@ constexpr std::string_view kWords[] = {
     "__torch__",
     "_set_item",
     "add",
+    "angles",
     "annotate",
     "approximate",
     "arange",
@@ -52,14 +53,17 @@ constexpr std::string_view kWords[] = {
     "c_attn",
     "c_fc",
     "c_proj",
+    "cat",
     "class",
     "container",
     "copy_",
+    "cos",
     "count",
     "decode",
     "def",
     "device",
     "dim",
+    "div",
     "dtype",
     "else",
     "embedding",
@@ -74,6 +78,7 @@ constexpr std::string_view kWords[] = {
     "getattr",
     "gt",
     "h",
+    "heads",
     "if",
     "index",
     "int",
@@ -88,18 +93,23 @@ constexpr std::string_view kWords[] = {
     "ln_f",
     "lt",
     "max",
+    "mean",
     "min",
     "mlp",
     "modules",
     "mul",
     "nanogpt",
     "ne",
+    "neg",
     "nn",
     "ops",
     "out",
+    "pairs",
     "pass",
     "permute",
+    "places",
     "positions",
+    "pow",
     "prefill",
     "prim",
     "q",
@@ -107,19 +117,23 @@ constexpr std::string_view kWords[] = {
     "reset",
     "reshape",
     "return",
+    "rsqrt",
     "scale",
     "scaled_dot_product_attention",
     "select",
     "self",
     "shape",
+    "sin",
     "size",
     "slice",
+    "sub",
     "to",
     "tokens",
     "torch",
     "torchscript",
     "transformer",
     "transpose",
+    "turns",
     "unbind",
     "unsqueeze",
     "v",
@@ -170,9 +184,9 @@ bool is_word_byte(char c) {
   return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
 }
 
-// The word without the digits at its end.
-std::string_view stem(std::string_view word) {
-  return word.substr(0, word.find_last_not_of(kDigits) + 1);
+// The word without the letters of `end` at its end.
+std::string_view stem(std::string_view word, const char* end) {
+  return word.substr(0, word.find_last_not_of(end) + 1);
 }
 
 // What is foreign in a piece of code without texts.
@@ -188,7 +202,9 @@ std::string foreign_words(std::string_view code) {
       continue;
     }
     const std::string_view word = code.substr(at, end - at);
-    if (!is_number(word) && !holds(kWords, stem(word))) {
+    // Before the sign of an exponent stand digits with an "e", and no name begins with a digit.
+    const bool number = is_number(word) || (word.back() == 'e' && is_number(stem(word, "e")));
+    if (!number && !holds(kWords, stem(word, kDigits))) {
       return "its code says " + shown(word);
     }
     at = end;
@@ -342,7 +358,7 @@ class Layout {
     out_.text("transformer");
     out_.open_object(kOurs + "Transformer");
     layer("wte", "transformer.wte", "Table");
-    layer("wpe", "transformer.wpe", "Table");
+    if (!config.rotary) layer("wpe", "transformer.wpe", "Table");
     out_.text("h");
     out_.open_object(kContainers + "ModuleList");
     for (int64_t i = 0; i < config.n_layer; ++i) block(std::to_string(i));

@@ -120,6 +120,8 @@ Config config_of(const py::dict& given) {
   config.n_head = whole_number(given, "n_head");
   config.n_embd = whole_number(given, "n_embd");
   config.bias = given.contains("bias") && py::bool_(given["bias"]);
+  config.rotary = given.contains("rotary") && py::bool_(given["rotary"]);
+  config.qk_norm = given.contains("qk_norm") && py::bool_(given["qk_norm"]);
   return config;
 }
 
@@ -279,7 +281,7 @@ class Engine {
     const Config& c = config();
     return py::dict("vocab_size"_a = c.vocab_size, "block_size"_a = c.block_size,
                     "n_layer"_a = c.n_layer, "n_head"_a = c.n_head, "n_embd"_a = c.n_embd,
-                    "bias"_a = c.bias);
+                    "bias"_a = c.bias, "rotary"_a = c.rotary, "qk_norm"_a = c.qk_norm);
   }
 
   int threads() const { return decoder_->threads(); }

@@ -51,8 +51,8 @@ TrainingShape shape_of(const py::dict& given) {
   shape.config.n_head = whole("n_head");
   shape.config.n_embd = whole("n_embd");
   shape.config.bias = flag("bias");
-  shape.rotary = flag("rotary");
-  shape.qk_norm = flag("qk_norm");
+  shape.config.rotary = flag("rotary");
+  shape.config.qk_norm = flag("qk_norm");
   shape.attention_scale = given["attention_scale"].cast<float>();
   return shape;
 }

@@ -134,7 +134,9 @@ Model random_model(const Config& config, DType dtype, uint64_t seed) {
   };
   const DType of_positions = dtype == DType::i8 ? DType::f32 : dtype;
   model.matrix("transformer.wte.weight", config.vocab_size, c, dtype, 1.0, random);
-  model.matrix("transformer.wpe.weight", config.block_size, c, of_positions, 0.5, random);
+  if (!config.rotary) {
+    model.matrix("transformer.wpe.weight", config.block_size, c, of_positions, 0.5, random);
+  }
   for (int64_t l = 0; l < config.n_layer; ++l) {
     const std::string layer = "transformer.h." + std::to_string(l) + ".";
     norm(layer + "ln_1");
@@ -179,23 +181,43 @@ void add(Row& x, const Row& y) {
   for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
 }
 
+// Queries or keys of one head, of the token at position t: divided by their root mean square, and
+// turned.
+void make_ready(const Config& config, size_t t, double* x) {
+  const auto d = static_cast<size_t>(config.head_width());
+  if (config.qk_norm) {
+    double square = 0;
+    for (size_t i = 0; i < d; ++i) square += x[i] * x[i] / static_cast<double>(d);
+    for (size_t i = 0; i < d; ++i) x[i] /= std::sqrt(square + 1e-6);
+  }
+  for (size_t i = 0; config.rotary && i < d / 2; ++i) {
+    const double fraction = 2.0 * static_cast<double>(i) / static_cast<double>(d);
+    const double angle = static_cast<double>(t) / std::pow(10000.0, fraction);
+    const double x1 = x[i], x2 = x[i + d / 2];
+    x[i] = x1 * std::cos(angle) - x2 * std::sin(angle);
+    x[i + d / 2] = x2 * std::cos(angle) + x1 * std::sin(angle);
+  }
+}
+
 // (T, V): the equations of nanogpt/model.py, token by token.
 std::vector<Row> expected(const Model& model, const std::vector<int32_t>& tokens) {
   const Config& config = model.weights.config;
   const bool narrow = model.weights.tensors.at("transformer.wte.weight").dtype != DType::f32;
   const auto c = static_cast<size_t>(config.n_embd);
   const auto d = static_cast<size_t>(config.head_width());
+  const double gain = config.qk_norm ? 1.5 : 1.0;
   std::vector<std::vector<Row>> cache(static_cast<size_t>(config.n_layer));  // rows of q, k, v
   std::vector<Row> logits;
   for (size_t t = 0; t < tokens.size(); ++t) {
     Row x(c);
     for (size_t i = 0; i < c; ++i) {
-      x[i] = model.of("transformer.wte.weight")[static_cast<size_t>(tokens[t]) * c + i] +
-             model.of("transformer.wpe.weight")[t * c + i];
+      x[i] = model.of("transformer.wte.weight")[static_cast<size_t>(tokens[t]) * c + i];
+      if (!config.rotary) x[i] += model.of("transformer.wpe.weight")[t * c + i];
     }
     for (size_t l = 0; l < cache.size(); ++l) {
       const std::string layer = "transformer.h." + std::to_string(l) + ".";
       Row qkv = multiplied(model, layer + "attn.c_attn", normed(model, layer + "ln_1", x));
+      for (size_t head = 0; head < 2 * c; head += d) make_ready(config, t, &qkv[head]);
       if (narrow) {  // then keys and values are kept in bfloat16
         for (size_t i = c; i < qkv.size(); ++i)
           qkv[i] = float_of(bf16_of(static_cast<float>(qkv[i])));
@@ -208,7 +230,7 @@ std::vector<Row> expected(const Model& model, const std::vector<int32_t>& tokens
         double total = 0;
         for (size_t s = 0; s <= t; ++s) {
           for (size_t i = head; i < head + d; ++i) p[s] += q[i] * cache[l][s][c + i];
-          p[s] = std::exp(p[s] / std::sqrt(static_cast<double>(d)));
+          p[s] = std::exp(gain * p[s] / std::sqrt(static_cast<double>(d)));
           total += p[s];
         }
         for (size_t s = 0; s <= t; ++s) {
@@ -312,7 +334,10 @@ int main() {
                                       {131, 81, 2, 4, 64, true},
                                       {50, 20, 1, 1, 1, true},
                                       {259, 33, 3, 2, 132, false},
-                                      {30, 12, 1, 1, 520, false}};
+                                      {30, 12, 1, 1, 520, false},
+                                      {67, 150, 2, 3, 42, true, true, false},
+                                      {45, 70, 2, 3, 21, false, false, true},
+                                      {131, 81, 2, 4, 64, false, true, true}};
   const std::vector<DType> dtypes = {DType::f32, DType::bf16, DType::i8};
   const std::vector<std::string> sets = {"scalar", "avx2", "avx512", "avx512_bf16", "neon"};
   std::map<std::string, double> largest;

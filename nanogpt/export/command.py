@@ -107,8 +107,9 @@ def export_model(
         quantize: "none" | "bf16" | "int8", in torchscript and gguf.
         verify: read the file back and compare; torchscript: the logits of the model, of the file
             in libtorch and, where it is built, of the file in the native engine.
-    Raises: UsageError for what cannot be combined; InputError where the model holds numbers that
-        are not finite; NanoGPTError where what was written does not agree: then nothing is left.
+    Raises: UsageError for what cannot be combined; InputError where the format has no word for the
+        model, or the model holds numbers that are not finite; NanoGPTError where what was written
+        does not agree: then nothing is left.
     """
     output = Path(output)
     check_combination(format, quantize, output)
@@ -116,6 +117,12 @@ def export_model(
         raise InputError(
             f"the model was made by explore, whose whole values are single tokens, and {format} "
             f"has no word for these: use torchscript or safetensors"
+        )
+    foreign = [name for name in ("rotary", "qk_norm") if getattr(model.config, name)]
+    if format in ("hf", "gguf") and foreign:
+        raise InputError(
+            f"the model has {' and '.join(foreign)}, which GPT-2 has not, and {format} holds "
+            f"GPT-2's architecture alone: use torchscript or safetensors"
         )
     if format == "gguf":
         gguf.check(model, quantize)

@@ -30,7 +30,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import InputError, UsageError
 from nanogpt.export import archive
 from nanogpt.export.quantize import SCALE, weights_of
-from nanogpt.model import GPT
+from nanogpt.model import GPT, QK_EPS, QK_GAIN, ROTARY_BASE
 
 # What is left out of torch's archive: source paths, and a hash of all that nothing reads.
 _LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$")
@@ -97,24 +97,58 @@ class Int8Table(_WithWeight):
 
 
 class Attention(nn.Module):
-    """Attention of T new tokens over themselves and what the cache holds."""
+    """Attention of T new tokens over themselves and what the cache holds.
 
-    def __init__(self, n_head: int, c_attn: nn.Module, c_proj: nn.Module) -> None:
+    What asks for an attribute that is not there is not compiled: a model that has no use for it
+    gives the program that it gave before there was a choice.
+    """
+
+    def __init__(self, config: GPTConfig, c_attn: nn.Module, c_proj: nn.Module) -> None:
         super().__init__()
-        self.n_head, self.c_attn, self.c_proj = n_head, c_attn, c_proj
+        self.n_head, self.c_attn, self.c_proj = config.n_head, c_attn, c_proj
+        if config.rotary:
+            self.rotary = True
+        if config.qk_norm:
+            self.scale = QK_GAIN * (config.n_embd // config.n_head) ** -0.5
+            self.epsilon = QK_EPS
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, start: int, cached: bool) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        cached: bool,
+    ) -> Tensor:
         batch, count, width = x.shape
         qkv = self.c_attn(x).view(batch, count, 3, self.n_head, width // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, D)
+        if hasattr(self, "epsilon"):
+            q, k = self.to_unit_rms(q), self.to_unit_rms(k)
+        if hasattr(self, "rotary"):
+            q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if cached:
             end = start + count
             keys[:, :, start:end] = k
             values[:, :, start:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]  # (B, H, S, D)
         # Several tokens come only to an empty cache, where the square mask is right.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1)  # (B, H, T, D)
+        if hasattr(self, "scale"):
+            scale = self.scale
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1, scale=scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=count > 1)  # (B, H, T, D)
         return self.c_proj(out.transpose(1, 2).reshape(batch, count, width))
+
+    def to_unit_rms(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.epsilon)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, heads, count, width = x.shape
+        x1, x2 = x.view(batch, heads, count, 2, width // 2).unbind(3)  # 2 x (B, H, T, D/2)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
 class FeedForward(nn.Module):
@@ -135,23 +169,35 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn, self.ln_2, self.mlp = ln_1, attn, ln_2, mlp
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, start: int, cached: bool) -> Tensor:
-        x = x + self.attn(self.ln_1(x), keys, values, start, cached)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        cached: bool,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cos, sin, keys, values, start, cached)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Names as in the state dict."""
+    """Names as in the state dict; no wpe where positions are rotary."""
 
     def __init__(
         self,
         wte: Table | Int8Table,
-        wpe: Table | Int8Table,
+        wpe: Table | Int8Table | None,
         h: nn.ModuleList,
         ln_f: nn.Module,
     ) -> None:
         super().__init__()
-        self.wte, self.wpe, self.h, self.ln_f = wte, wpe, h, ln_f
+        self.wte = wte
+        if wpe is not None:
+            self.wpe = wpe
+        self.h, self.ln_f = h, ln_f
 
 
 class Exported(nn.Module):
@@ -167,6 +213,8 @@ class Exported(nn.Module):
     def __init__(self, config: GPTConfig, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        if config.rotary:
+            self.rotary_base = ROTARY_BASE
         self.length = 0
 
         def scaled(kind: type[_WithWeight], int8: type[_WithWeight], name: str, **more: Any) -> Any:
@@ -186,11 +234,11 @@ class Exported(nn.Module):
             at = f"transformer.h.{layer}"
             maps = linear(f"{at}.attn.c_attn"), linear(f"{at}.attn.c_proj")
             mlp = FeedForward(linear(f"{at}.mlp.c_fc"), linear(f"{at}.mlp.c_proj"))
-            attention = Attention(config.n_head, *maps)
+            attention = Attention(config, *maps)
             blocks.append(Block(norm(f"{at}.ln_1"), attention, norm(f"{at}.ln_2"), mlp))
         self.transformer = Transformer(
             scaled(Table, Int8Table, "transformer.wte"),
-            scaled(Table, Int8Table, "transformer.wpe"),
+            None if config.rotary else scaled(Table, Int8Table, "transformer.wpe"),
             nn.ModuleList(blocks),
             norm("transformer.ln_f"),
         )
@@ -244,10 +292,22 @@ class Exported(nn.Module):
             shape[1] = batch
             self.keys = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
             self.values = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
-        positions = torch.arange(start, start + count, device=tokens.device)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
+        if hasattr(self, "rotary_base"):
+            x = self.transformer.wte(tokens)  # (B, T, C)
+            # On the CPU, as some devices have no float64. The width is asked for, because freezing
+            # would fold what a constant gives into one more record.
+            width = self.keys.size(4)
+            pairs = torch.arange(0, width, 2, dtype=torch.float64)  # 2i
+            turns = torch.pow(self.rotary_base, pairs / -width)  # (D/2)
+            places = torch.arange(start, start + count, dtype=torch.float64)
+            angles = places.unsqueeze(1) * turns  # (T, D/2)
+            cos, sin = angles.cos().to(x), angles.sin().to(x)
+        else:
+            positions = torch.arange(start, start + count, device=tokens.device)
+            x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
+            cos, sin = x, x  # which nothing reads
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, self.keys[layer], self.values[layer], start, cached)
+            x = block(x, cos, sin, self.keys[layer], self.values[layer], start, cached)
         if cached:
             self.length = start + count
         return self.transformer.ln_f(x)

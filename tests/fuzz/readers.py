@@ -200,7 +200,7 @@ def make_readers() -> list[Reader]:
                _JSON, _mend_header),
         Reader("model .pth", ".pth", checkpoint.load, _files(".pth"), (b"PK\3\4", b"PK\1\2")),
         Reader("sealed metadata", ".json", _read_sealed, sealed,
-               (*_JSON, b'"n_head":0', b'"dropout":2', b'"bias":null', *words)),
+               (*_JSON, b'"n_head":0', b'"dropout":2', b'"bias":null', b'"rotary":true', *words)),
     ]  # fmt: skip
 
 
