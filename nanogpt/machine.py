@@ -1,6 +1,7 @@
 """What this machine offers: device, precision, threads, memory, versions."""
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -51,6 +52,15 @@ def resolve_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UsageError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
     return device
+
+
+@functools.cache
+def has_matrix_tiles() -> bool:
+    """Whether the CPU has AMX, with which torch's products of bfloat16 are hard to beat."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
 
 
 def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:

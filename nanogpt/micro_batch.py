@@ -80,7 +80,7 @@ class MicroBatches:
             step,
             f"out of memory with {size:,} sequences at once ({message[:200]}): from step "
             f"{step + 1:,} on {smaller:,} are computed at once, and the batch stays "
-            f"{self._plan.config.batch_size:,}",
+            f"{self._plan.batch_size:,}",
         )
         try:
             self._folder.remember(**{_NAME: self.sizes})

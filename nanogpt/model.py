@@ -121,7 +121,6 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
-        head_width = config.n_embd // config.n_head
         self.scale = attention_scale(config)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -255,6 +254,13 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 shrink = 1 / math.sqrt(2 * self.config.n_layer) if residual else 1.0
                 parameter.normal_(mean=0.0, std=0.02 * shrink)
+
+    @torch.no_grad()
+    def zero_projections(self) -> None:
+        """Begin with blocks that pass on what they are given: residual projections are zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.zero_()
 
     @property
     def token_weight(self) -> torch.Tensor:

@@ -5,7 +5,7 @@ direction is neglected because its gradient is small. With G the gradient, per s
 
     m = lerp(m, G, 1 - mu)      u = lerp(G, m, mu)      W -= lr sqrt(max(1, rows / cols)) orth(u)
 
-Source: Jordan et al. 2024, Muon: an optimizer for hidden layers (kellerjordan.github.io/posts/muon).
+Source: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from nanogpt import machine
 from nanogpt.data import BatchOrder
 from nanogpt.model import GPT
-from nanogpt.plan import scheduled_rate
+from nanogpt.recipe import scheduled_rate
 from nanogpt.records import IGNORED, Batch, Examples, micro_batches
 from nanogpt.tilt import WeightStats, reward_weights
 from nanogpt.trainer import make_optimizer, seed_dropout
@@ -430,7 +430,7 @@ class RewardWeightedTrainer:
         return self.progress.step >= self.total_steps
 
     def learning_rate(self, step: int) -> float:
-        """Of a step; see `nanogpt.plan.scheduled_rate`."""
+        """Of a step; see `nanogpt.recipe.scheduled_rate`."""
         peak = self.config.learning_rate
         return scheduled_rate(step, self.total_steps, self.warmup_steps, peak, self.min_lr)
 

@@ -22,13 +22,14 @@ from nanogpt.config import (
     TrainConfig,
     VocabularyFlags,
     as_plain_dict,
-    default_learning_rate,
     shape_from_flags,
 )
 from nanogpt.data import BatchOrder, Corpus
 from nanogpt.errors import InputError, NanoGPTError, UsageError
 from nanogpt.kernels.choice import Workload, choose
 from nanogpt.model import GPT
+from nanogpt.native_step import choose_engine, unfit
+from nanogpt.recipe import RECIPES, Recipe, resolve
 from nanogpt.run_directory import Checkpoint, RunDirectory
 from nanogpt.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ class Plan:
         total_steps: optimizer steps.
         bytes_per_target: raw bytes of validation text per validation target, or None without.
         choices: what was picked, and why, for the user.
+        engine: who computes the steps: "torch" or "native".
     """
 
     config: TrainConfig
@@ -64,10 +66,23 @@ class Plan:
     min_lr: float
     bytes_per_target: float | None
     choices: dict[str, str]
+    engine: str = "torch"
 
     def learning_rate(self, step: int) -> float:
-        """Of a step; see `scheduled_rate`."""
-        return scheduled_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr)
+        """Of a step; what is Muon's has a multiple of it."""
+        return self.recipe.rate(
+            step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.order.batch_size
+
+    @property
+    def recipe(self) -> Recipe:
+        """What --recipe stands for."""
+        return RECIPES[self.config.recipe]
 
     def bits_per_byte(self, nats_per_target: float) -> float:
         """A loss per token as bits per raw byte of text, which tokenizers cannot change."""
@@ -86,6 +101,7 @@ def make_plan(
 
     Raises: UsageError where the shape is impossible; InputError where the text is too short.
     """
+    config = resolve(config)
     if initial is None:
         shape = shape_from_flags(config, corpus.tokenizer.vocab_size)
     else:
@@ -95,11 +111,13 @@ def make_plan(
             "--compile needs a C++ compiler (g++) on a CPU: install one or leave it out"
         )
     train_tokens, val_tokens = corpus.split(config.val_fraction)
+    assert config.batch_size is not None
     order = BatchOrder(len(train_tokens), shape.block_size, config.batch_size, config.seed)
     total = _total_steps(config, order.steps_per_epoch)
     eval_interval = config.eval_interval or min(1000, max(1, math.ceil(total / 10)))
     warmup = config.warmup_steps
-    peak = config.learning_rate or default_learning_rate(shape.n_embd)
+    recipe = RECIPES[config.recipe]
+    peak = config.learning_rate or recipe.learning_rate(shape.n_embd)
     if config.min_lr is not None and config.min_lr > peak:
         raise UsageError(f"--min-lr {config.min_lr:g} is above the learning rate, {peak:g}")
     micro = config.micro_batch_size or max(1, _LARGEST_MICRO_BATCH_TOKENS // shape.block_size)
@@ -119,7 +137,7 @@ def make_plan(
         log_interval=max(1, total // 1000),
         warmup_steps=min(100, total // 20) if warmup is None else warmup,
         peak_lr=peak,
-        min_lr=peak / 10 if config.min_lr is None else config.min_lr,
+        min_lr=peak * recipe.least if config.min_lr is None else config.min_lr,
         bytes_per_target=bytes_per_target,
         choices=choices,
     )
@@ -299,6 +317,38 @@ def choose_kernels(
         raise UsageError(f"--kernels {impl}: {error}; use auto") from None
 
 
+def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str, str]]:
+    """Who computes the steps and in which precision, as the run began or measured now.
+
+    Args:
+        begun: the directory of a run that goes on.
+    Returns: the plan with both, and what the run directory keeps of them.
+    """
+    config, device = plan.config, plan.device
+    earlier = (begun.read_identity() or {}).get("step") if begun else None
+    if begun is not None and not isinstance(earlier, dict):
+        earlier = {"engine": "torch", "dtype": str(plan.dtype).removeprefix("torch.")}
+    if earlier is not None:
+        engine, dtype, why = (
+            earlier["engine"],
+            machine.DTYPES[earlier["dtype"]],
+            "as this run began",
+        )
+        reason = unfit(plan.shape, device, dtype, compiled=config.compile)
+        if engine == "native" and reason is not None:
+            engine, why = "torch", f"the native engine began this run and cannot go on: {reason}"
+    else:
+        found = choose_engine(
+            plan.shape, config.dtype, device, kernels=config.kernels, compiled=config.compile
+        )
+        engine, dtype, why = found or ("torch", plan.dtype, "")
+    name = str(dtype).removeprefix("torch.")
+    if why:
+        plan.choices["dtype"] = f"{name} ({why})"
+    plan.choices["steps"] = "torch" if engine == "torch" else f"native engine, {name}"
+    return replace(plan, engine=engine, dtype=dtype), {"engine": engine, "dtype": name}
+
+
 def forecast_memory(plan: Plan, kernels: Mapping[str, str]) -> memory.Forecast:
     """The peak memory of a run on its device; what the process takes already counts on a CPU.
 
@@ -314,7 +364,7 @@ def memory_workload(plan: Plan, kernels: Mapping[str, str]) -> memory.Workload:
     return memory.Workload(
         shape=plan.shape,
         batch=plan.micro_batch_size,
-        accumulates=plan.micro_batch_size < plan.config.batch_size,
+        accumulates=plan.micro_batch_size < plan.batch_size,
         product_bytes=plan.dtype.itemsize,
         device=plan.device.type,
         kernels=kernels,
@@ -388,15 +438,6 @@ def machine_choices(config: MachineFlags) -> tuple[torch.device, torch.dtype, di
         "threads": machine.set_threads(config.threads),
     }
     return device, dtype, choices
-
-
-def scheduled_rate(step: int, total: int, warmup: int, peak: float, least: float) -> float:
-    """The learning rate of a step: linear warmup, then a cosine to `least` at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    last = max(1, total - 1 - warmup)
-    progress = min(1.0, (step - warmup) / last)
-    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * progress))
 
 
 def bpe_vocab_size(config: VocabularyFlags, note: Callable[[str], None]) -> int | None:

@@ -39,6 +39,7 @@ from nanogpt.plan import (
     bpe_vocab_size,
     check_against_initial,
     choose_kernels,
+    choose_step,
     describe_memory,
     find_start,
     forecast_memory,
@@ -49,6 +50,7 @@ from nanogpt.plan import (
     run_path,
 )
 from nanogpt.progress import TrainingProgress
+from nanogpt.recipe import resolve
 from nanogpt.reporter import Reporter, flags_as_text
 from nanogpt.run_directory import Checkpoint, RunDirectory
 from nanogpt.saver import Saver
@@ -67,6 +69,7 @@ _DIVERGED_AFTER = 100
 def run(config: TrainConfig) -> int:
     """Check, plan, train, finish. Returns the exit code."""
     say = _quiet if config.json else _say
+    config = resolve(config)
     output = Path(config.output)
     checkpoint.check_output(output)
     device, dtype, choices = machine_choices(config)
@@ -104,6 +107,7 @@ def run(config: TrainConfig) -> int:
                 plan.micro_batch_size,
                 folder if start else None,
             )
+            plan, step = choose_step(plan, folder if start else None)
             if start is None:
                 # Two checkpoints while a third is written: weights, best and two moments each.
                 folder.check_space(3 * 4 * 4 * plan.shape.n_parameters())
@@ -111,6 +115,7 @@ def run(config: TrainConfig) -> int:
                     "identity": identity,
                     "choices": choices,
                     "kernels": picked,
+                    "step": step,
                     "threads": torch.get_num_threads(),
                     "micro_batches": [[0, plan.micro_batch_size]],
                     "versions": machine.versions(),
@@ -227,7 +232,9 @@ def _evaluate_and_judge(
     if plan.bytes_per_target is None:  # no validation text: the last model is the best one
         position.best_step = position.step
         return {}
-    val_loss = evaluate(trainer.model, val_tokens, device=plan.device, dtype=plan.dtype)
+    val_loss = evaluate(
+        trainer.model, val_tokens, device=plan.device, dtype=plan.dtype, native=trainer.native
+    )
     is_best = position.best_val_loss is None or val_loss < position.best_val_loss
     if is_best:
         position.best_step, position.best_val_loss = position.step, val_loss
@@ -323,7 +330,7 @@ def _introduce(
         f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}"
     )
     say(
-        f"run: {plan.total_steps:,} steps of {plan.config.batch_size} sequences, "
+        f"run: {plan.total_steps:,} steps of {plan.batch_size} sequences, "
         f"{plan.total_steps / plan.order.steps_per_epoch:.2f} epochs, in {folder.path}"
     )
     for name, choice in plan.choices.items():

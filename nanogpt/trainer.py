@@ -12,7 +12,10 @@ from nanogpt import machine
 from nanogpt.data import Corpus, gather, validation_windows
 from nanogpt.memory import evaluation_batch
 from nanogpt.model import GPT
+from nanogpt.muon import Muon, start_state
+from nanogpt.native_step import NativeStep
 from nanogpt.plan import Plan
+from nanogpt.recipe import MUON_MOMENTUM, MUON_RATE, RECIPES
 from nanogpt.run_directory import Checkpoint
 
 
@@ -43,12 +46,17 @@ class Position:
 
 @dataclass
 class Trainer:
-    """The moving parts of a run."""
+    """The moving parts of a run.
+
+    Attributes:
+        native: computes the steps where the native engine does, else None.
+    """
 
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     position: Position
+    native: NativeStep | None = None
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -68,6 +76,8 @@ def make_trainer(
     """
     torch.manual_seed(plan.config.seed)
     model = start.load_model() if start else GPT(plan.shape)
+    if start is None and plan.recipe.zero_projections:
+        model.zero_projections()
     model.config = plan.shape
     if start is None and initial is not None:
         model.load_state_dict(initial.state_dict())
@@ -77,7 +87,8 @@ def make_trainer(
     model.recompute = plan.config.recompute
     config = plan.config
     betas = (config.beta1, config.beta2)
-    optimizer = make_optimizer(model, plan.peak_lr, config.weight_decay, betas)
+    make = make_muon if plan.recipe.muon else make_optimizer
+    optimizer = make(model, plan.peak_lr, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     trainer = Trainer(model, optimizer, scaler, Position())
     reserve_moments(optimizer)
@@ -86,6 +97,8 @@ def make_trainer(
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         trainer.position = Position(**start.state["position"])
+    if plan.engine == "native":
+        trainer.native = NativeStep(model, plan.dtype, torch.get_num_threads())
     return trainer
 
 
@@ -105,19 +118,54 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def reserve_moments(optimizer: torch.optim.AdamW) -> None:
-    """Make AdamW's state before its first step, as zeros, as it would itself in that step.
+def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, float]) -> Muon:
+    """Muon for the blocks' matrices, AdamW for embeddings and vectors.
+
+    Args:
+        lr: AdamW's at the peak; Muon's has a fixed ratio to it.
+        weight_decay: of AdamW's matrices; Muon's decay by the same part of a weight in a step.
+    """
+    muon: dict[int, list[torch.nn.Parameter]] = {1: [], 3: []}
+    rest: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and ".h." in name:
+            muon[3 if "c_attn" in name else 1].append(parameter)  # queries, keys and values
+        else:
+            rest[parameter.dim() == 2].append(parameter)
+    usual = RECIPES["speed"].learning_rate(model.config.n_embd)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "parts": parts,
+            "rate": MUON_RATE / usual,
+            "lr": lr,
+            "momentum": MUON_MOMENTUM,
+            "weight_decay": weight_decay,
+        }
+        for parts, parameters in muon.items()
+    ]
+    groups += [
+        {
+            "params": parameters,
+            "lr": lr,
+            "betas": betas,
+            "eps": 1e-8,
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for matrices, parameters in rest.items()
+    ]
+    return Muon(groups)
+
+
+def reserve_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state before its first step, as zeros, as it would itself in that step.
 
     An update of the weights then allocates nothing: where memory runs out in a step, it does so
     before any weight has changed, and the step can be repeated.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+            start_state(optimizer, group, parameter)
 
 
 def optimizer_step(
@@ -129,7 +177,9 @@ def optimizer_step(
     """
     position, config = trainer.position, plan.config
     for group in trainer.optimizer.param_groups:
-        group["lr"] = plan.learning_rate(position.step)
+        group["lr"] = plan.learning_rate(position.step) * group.get("rate", 1.0)
+    if trainer.native is not None:
+        return _native_step(plan, trainer.optimizer, trainer.native, windows)
     total = 0.0
     for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
         part = torch.from_numpy(windows[first : first + plan.micro_batch_size]).to(plan.device)
@@ -150,6 +200,21 @@ def optimizer_step(
     return total, grad_norm
 
 
+def _native_step(
+    plan: Plan, optimizer: torch.optim.Optimizer, native: NativeStep, windows: np.ndarray
+) -> tuple[float, float]:
+    total = 0.0
+    for first in range(0, len(windows), plan.micro_batch_size):
+        part = windows[first : first + plan.micro_batch_size]
+        share = len(part) / len(windows)
+        total += native.gradients(part, scale=share, add=first > 0) * share
+    grad_norm = native.gradient_norm()
+    if math.isfinite(total) and math.isfinite(grad_norm):
+        limit = plan.config.grad_clip or math.inf
+        native.update(optimizer, grad_scale=min(1.0, limit / (grad_norm + 1e-6)))
+    return total, grad_norm
+
+
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Dropout is a function of (seed, step, micro-batch), so that a resumed run repeats it."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2)
@@ -158,12 +223,18 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, tokens: np.ndarray, *, device: torch.device, dtype: torch.dtype = torch.float32
+    model: GPT,
+    tokens: np.ndarray,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    native: NativeStep | None = None,
 ) -> float:
     """Mean loss in nats per target over all of `tokens`, in consecutive windows of the context.
 
     Args:
         tokens: (n,) ids, n >= 2; the n - 1 targets count once each.
+        native: computes it, where it is given, from the same weights.
     """
     was_training = model.training
     model.eval()
@@ -173,11 +244,14 @@ def evaluate(
     for starts, length in validation_windows(len(tokens), block):
         for first in range(0, len(starts), batch):
             windows = gather(tokens, starts[first : first + batch], length)
-            part = torch.from_numpy(windows).to(device)
-            with machine.autocast(device, dtype):
-                _, loss = model(part[:, :-1], part[:, 1:], return_logits=False)
-            targets = len(part) * length
-            total += float(loss) * targets
+            if native is not None:
+                loss = native.loss(windows)
+            else:
+                part = torch.from_numpy(windows).to(device)
+                with machine.autocast(device, dtype):
+                    loss = float(model(part[:, :-1], part[:, 1:], return_logits=False)[1])
+            targets = len(windows) * length
+            total += loss * targets
             count += targets
     model.train(was_training)
     return total / count

@@ -17,7 +17,7 @@ from nanogpt.explore.fields import CODED, Field, FieldClasses, classes_from_dict
 from nanogpt.explore.records import Records, Value
 from nanogpt.kernels import linear_cross_entropy
 from nanogpt.model import GPT
-from nanogpt.plan import scheduled_rate
+from nanogpt.recipe import scheduled_rate
 from nanogpt.records import micro_batches
 from nanogpt.tokenizer import RS, US, BPETokenizer, RecordTokenizer
 from nanogpt.trainer import make_optimizer, seed_dropout
