@@ -366,6 +366,26 @@ def test_the_text_is_sample_s_for_the_same_seed_beyond_the_context(
         assert here.stdout == there.out
 
 
+@pytest.mark.parametrize(
+    "architecture", [{"rotary": True}, {"qk_norm": True}, {"rotary": True, "qk_norm": True}]
+)
+def test_every_architecture_is_written_as_python_writes_it(
+    generate, plugin, tmp_path, architecture
+):
+    model = random_model(CharTokenizer(LETTERS), **architecture)
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    path = export(model, tmp_path / "m.pt")
+    prompt = torch.tensor([model.tokenizer.encode("abc")])
+    tokens = model.generate(prompt, 60, seed=5, engine="torch")[0, 3:].tolist()
+    assert len(set(tokens)) > 5, "a constant text would prove little"
+    named = {**os.environ, "NANOGPT_PLUGIN": str(plugin)}
+    for way in ((path,), (path, "--engine", "torchscript"), (tmp_path / "m.safetensors",)):
+        outcome = generate(*way, "--prompt", "abc", "--max-new-tokens", 60, "--seed", 5, "--json",
+                           "--threads", 1, env=named)  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr
+        assert json.loads(outcome.stdout)["tokens"] == tokens
+
+
 def test_the_two_kinds_of_model_file_write_the_same(generate, folder):
     arguments = ("--prompt", "q", "--max-new-tokens", 60, "--seed", 4)
     texts = {generate(folder / n, *arguments).stdout for n in ("char.pt", "char.safetensors")}
