@@ -123,18 +123,24 @@ def engine_for(model: "GPT", threads: int = 0) -> "Engine":
 
 
 def training_step(
-    shape: "GPTConfig", parameters: dict[str, Any], *, bf16: bool, threads: int
+    shape: "GPTConfig",
+    parameters: dict[str, Any],
+    *,
+    bf16: bool,
+    threads: int,
+    recompute: bool = False,
 ) -> "_C.TrainingStep":
     """The compiled training step over shared arrays; needs `available()`.
 
     Args:
         parameters: (weight, gradient) of each name in the state dict, contiguous float32.
         bf16: the operands of products are rounded to bfloat16.
+        recompute: layers are computed once more in the backward pass.
     Raises: UsageError where it cannot run; see `training_unfit`.
     """
     module = _load()[0]
     made: _C.TrainingStep = module.TrainingStep(
-        _training_shape(shape), parameters, bf16=bf16, threads=threads
+        _training_shape(shape), parameters, bf16=bf16, threads=threads, recompute=recompute
     )
     return made
 

@@ -41,7 +41,8 @@ class NativeStep:
     """The engine's training step, bound to a model.
 
     Args:
-        model: float32, on the CPU. Its parameters get a `grad` each, which stays theirs.
+        model: float32, on the CPU. Its parameters get a `grad` each, which stays theirs; its
+            `recompute` holds here too.
         dtype: of the operands of products; float32 or bfloat16.
         threads: CPU threads. Results do not depend on them.
     Raises: UsageError where it cannot run; see `unfit`.
@@ -56,8 +57,14 @@ class NativeStep:
             {name: (numbers(p), numbers(p.grad)) for p, name in self._names.items()},
             bf16=dtype == torch.bfloat16,
             threads=threads,
+            recompute=model.recompute,
         )
         self._states: dict[int, dict[str, Any]] = {}
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the passes so far have made room for."""
+        return self._step.workspace_bytes
 
     @property
     def instruction_set(self) -> str:

@@ -359,3 +359,21 @@ def test_the_trapezoid_rises_stays_and_falls_to_its_end():
     assert set(rates[4:51]) == {2.0}
     assert rates[51:53] == pytest.approx([1.96, 1.92])
     assert rates[99] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_takes_less_memory_and_gives_the_same(dtype):
+    shape = {"vocab_size": 65, "block_size": 64, "n_layer": 5, "n_head": 2, "n_embd": 64}
+    if unfit(GPTConfig(**shape), CPU, dtype):
+        pytest.skip("this CPU has no fast products of bfloat16")
+    found = []
+    for recompute in (False, True):
+        model = make_model(**shape, rotary=True)
+        model.recompute = recompute
+        step = NativeStep(model, dtype, 2)
+        loss = step.gradients(windows_of(model, 6))
+        found.append((loss, [p.grad for p in model.parameters()], step.workspace_bytes))
+    (loss, grads, most), (again, others, less) = found
+    assert loss == again
+    assert all(map(torch.equal, grads, others))
+    assert less < 0.6 * most

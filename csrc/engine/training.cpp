@@ -92,7 +92,7 @@ std::string TrainingStep::unfit(const TrainingShape& shape, bool bf16) {
 }
 
 TrainingStep::TrainingStep(const TrainingShape& shape, const std::vector<Trained>& parameters,
-                           bool bf16, int threads)
+                           bool bf16, int threads, bool recompute)
     : shape_(shape),
       parameters_(parameters),
       kernels_([&]() -> const TrainingKernels& {
@@ -100,7 +100,8 @@ TrainingStep::TrainingStep(const TrainingShape& shape, const std::vector<Trained
         if (!reason.empty()) throw UsageError("the native training step cannot run: " + reason);
         return *training_kernels(bf16);
       }()),
-      pool_(threads) {
+      pool_(threads),
+      recompute_(recompute) {
   const Config& c = shape_.config;
   const int64_t width = c.n_embd;
   tokens_ = parameter("transformer.wte.weight", c.vocab_size * width);
@@ -160,6 +161,12 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
     s.layers.resize(kept);
     for (Kept& k : s.layers) {
       k.x = layout.floats(n * width);
+      if (recompute_ && &k != s.layers.data()) {
+        float* x = k.x;
+        k = s.layers[0];
+        k.x = x;
+        continue;
+      }
       k.middle = layout.floats(n * width);
       k.first = layout.bytes(n * width * e);
       k.second = layout.bytes(n * width * e);
@@ -212,7 +219,10 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
   lay_out(space, space.memory.get());
   space.batch = batch;
   space.positions = positions;
+  space.bytes = bytes;
 }
+
+int64_t TrainingStep::workspace_bytes() const { return spaces_[0].bytes + spaces_[1].bytes; }
 
 double TrainingStep::gradients(const int64_t* windows, int64_t batch, int64_t positions,
                                double scale, bool add) {
@@ -365,42 +375,52 @@ void TrainingStep::forward(Job& job, int thread, int threads) {
     kernels_.embed(tokens_.weight + job.token(row) * width, position, width, x + row * width);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& layer = layers_[i];
-    const Kept& k = s.layers[job.backward ? i : 0];
-    norm_rows(job, layer.ln_1, x, k.first, k.first_stats, thread, threads);
-    pack_weight(layer.attention, true, s.left, thread, threads);
-    pool_.barrier(thread);
-    multiply(job,
-             product_with(k.first, n, width, s.left, 3 * width, Finish::store, k.qkv,
-                          layer.attention.bias.weight),
-             thread, threads);
-    pack_weight(layer.projection, true, s.right, thread, threads);
-    pool_.barrier(thread);
-    heads(job, k, nullptr, thread, threads);
-    pool_.barrier(thread);
-    multiply(job,
-             product_with(k.mixed, n, width, s.right, width, Finish::residual, k.middle,
-                          layer.projection.bias.weight, x),
-             thread, threads);
-    pack_weight(layer.up, true, s.left, thread, threads);
-    pool_.barrier(thread);
-    norm_rows(job, layer.ln_2, k.middle, k.second, k.second_stats, thread, threads);
-    pack_weight(layer.down, true, s.right, thread, threads);
-    pool_.barrier(thread);
-    multiply(job,
-             product_with(k.second, n, width, s.left, 4 * width, Finish::gelu, k.after,
-                          layer.up.bias.weight, k.before),
-             thread, threads);
-    pool_.barrier(thread);
     float* next = i + 1 == layers_.size() ? s.last : s.layers[job.backward ? i + 1 : 0].x;
-    multiply(job,
-             product_with(k.after, n, 4 * width, s.right, width, Finish::residual, next,
-                          layer.down.bias.weight, k.middle),
-             thread, threads);
-    pool_.barrier(thread);
+    forward_layer(job, i, x, next, thread, threads);
     x = next;
   }
   norm_rows(job, last_norm_, s.last, s.hidden, s.last_stats, thread, threads);
+}
+
+// From the residual stream `x` into the layer to the one after it, or, where `next` is null, only
+// to what the backward pass reads.
+void TrainingStep::forward_layer(Job& job, size_t i, const float* x, float* next, int thread,
+                                 int threads) {
+  Workspace& s = job.space;
+  const int64_t width = shape_.config.n_embd, n = job.rows;
+  const Layer& layer = layers_[i];
+  const Kept& k = s.layers[job.backward ? i : 0];
+  norm_rows(job, layer.ln_1, x, k.first, k.first_stats, thread, threads);
+  pack_weight(layer.attention, true, s.left, thread, threads);
+  pool_.barrier(thread);
+  multiply(job,
+           product_with(k.first, n, width, s.left, 3 * width, Finish::store, k.qkv,
+                        layer.attention.bias.weight),
+           thread, threads);
+  pack_weight(layer.projection, true, s.right, thread, threads);
+  pool_.barrier(thread);
+  heads(job, k, nullptr, thread, threads);
+  pool_.barrier(thread);
+  multiply(job,
+           product_with(k.mixed, n, width, s.right, width, Finish::residual, k.middle,
+                        layer.projection.bias.weight, const_cast<float*>(x)),
+           thread, threads);
+  pack_weight(layer.up, true, s.left, thread, threads);
+  pool_.barrier(thread);
+  norm_rows(job, layer.ln_2, k.middle, k.second, k.second_stats, thread, threads);
+  pack_weight(layer.down, true, s.right, thread, threads);
+  pool_.barrier(thread);
+  multiply(job,
+           product_with(k.second, n, width, s.left, 4 * width, Finish::gelu, k.after,
+                        layer.up.bias.weight, k.before),
+           thread, threads);
+  pool_.barrier(thread);
+  if (next == nullptr) return;
+  multiply(job,
+           product_with(k.after, n, 4 * width, s.right, width, Finish::residual, next,
+                        layer.down.bias.weight, k.middle),
+           thread, threads);
+  pool_.barrier(thread);
 }
 
 void TrainingStep::head(Job& job, int thread, int threads) {
@@ -529,6 +549,11 @@ void TrainingStep::backward_layer(Job& job, size_t i, int thread, int threads) {
   const Kept& k = s.layers[i];
   const Norm& after = i + 1 == layers_.size() ? last_norm_ : layers_[i + 1].ln_1;
   const int64_t width = shape_.config.n_embd, n = job.rows;
+
+  if (recompute_) {
+    pool_.barrier(thread);
+    forward_layer(job, i, k.x, nullptr, thread, threads);
+  }
 
   pack_rows(k.after, n, 4 * width, s.right, thread, threads);
   pack_weight(layer.down, false, s.left, thread, threads);

@@ -45,10 +45,11 @@ struct TrainingShape {
 
 class TrainingStep {
  public:
+  // With `recompute` a layer keeps its input alone and is computed once more in the backward pass.
   // Throws InputError where the parameters do not fit the shape, UsageError where bfloat16 or this
   // shape cannot be computed here; see `unfit`.
   TrainingStep(const TrainingShape& shape, const std::vector<Trained>& parameters, bool bf16,
-               int threads);
+               int threads, bool recompute);
 
   // Why this shape cannot be computed here, or nothing.
   static std::string unfit(const TrainingShape& shape, bool bf16);
@@ -71,6 +72,8 @@ class TrainingStep {
   // columns.
   void muon(const std::vector<MuonMatrix>& matrices, const Muon& by);
 
+  // What the passes so far have made room for.
+  int64_t workspace_bytes() const;
   const char* instruction_set() const { return kernels_.name; }
   int threads() const { return pool_.size(); }
   const std::vector<Trained>& parameters() const { return parameters_; }
@@ -101,7 +104,7 @@ class TrainingStep {
   };
   struct Workspace {
     std::unique_ptr<char, Free> memory;
-    int64_t batch = 0, positions = 0;
+    int64_t batch = 0, positions = 0, bytes = 0;
     std::vector<Kept> layers;
     float* last = nullptr;  // (N, C): the residual stream after the last layer
     char* hidden = nullptr;
@@ -123,6 +126,7 @@ class TrainingStep {
   double run(const int64_t* windows, int64_t batch, int64_t positions, double scale, bool add,
              bool backward);
   void forward(Job& job, int thread, int threads);
+  void forward_layer(Job& job, size_t layer, const float* x, float* next, int thread, int threads);
   void head(Job& job, int thread, int threads);
   void backward(Job& job, int thread, int threads);
   void backward_layer(Job& job, size_t layer, int thread, int threads);
@@ -147,6 +151,7 @@ class TrainingStep {
   std::vector<Trained> parameters_;
   const TrainingKernels& kernels_;
   ThreadPool pool_;
+  const bool recompute_;
   Trained tokens_, positions_;
   std::vector<Layer> layers_;
   Norm last_norm_;

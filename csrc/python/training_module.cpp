@@ -59,7 +59,7 @@ TrainingShape shape_of(const py::dict& given) {
 
 class Step {
  public:
-  Step(const py::dict& shape, const py::dict& parameters, bool bf16, int threads) {
+  Step(const py::dict& shape, const py::dict& parameters, bool bf16, int threads, bool recompute) {
     if (threads < 1) throw UsageError("threads must be 1 or more");
     std::vector<Trained> trained;
     for (const auto& [key, value] : parameters) {
@@ -71,7 +71,8 @@ class Step {
       kept_.push_back(pair.first);
       kept_.push_back(pair.second);
     }
-    step_ = std::make_unique<nanogpt::TrainingStep>(shape_of(shape), trained, bf16, threads);
+    step_ =
+        std::make_unique<nanogpt::TrainingStep>(shape_of(shape), trained, bf16, threads, recompute);
   }
 
   double gradients(const Ids& windows, double scale, bool add) {
@@ -139,6 +140,7 @@ class Step {
     });
   }
 
+  int64_t workspace_bytes() const { return step_->workspace_bytes(); }
   const char* instruction_set() const { return step_->instruction_set(); }
   int threads() const { return step_->threads(); }
 
@@ -178,11 +180,12 @@ void add_training(py::module_& module) {
                    "The loss of a GPT, its gradients and AdamW on the CPU, without torch.\n\n"
                    "B windows of T + 1 ids; the last T of each are the targets. Results do not\n"
                    "depend on the number of threads.")
-      .def(py::init<const py::dict&, const py::dict&, bool, int>(), "shape"_a, "parameters"_a,
-           py::kw_only(), "bf16"_a, "threads"_a,
+      .def(py::init<const py::dict&, const py::dict&, bool, int, bool>(), "shape"_a, "parameters"_a,
+           py::kw_only(), "bf16"_a, "threads"_a, "recompute"_a = false,
            "shape: GPTConfig's fields and attention_scale. parameters: (weight, gradient) of each\n"
            "name in the state dict, contiguous float32 arrays that are shared. bf16: operands of\n"
-           "products are rounded to bfloat16. Raises UsageError where that cannot run here.")
+           "products are rounded to bfloat16. recompute: layers are computed once more in the\n"
+           "backward pass, which takes less memory. Raises UsageError where that cannot run here.")
       .def_static(
           "unfit",
           [](const py::dict& shape, bool bf16) {
@@ -191,6 +194,8 @@ void add_training(py::module_& module) {
           "shape"_a, py::kw_only(), "bf16"_a, "Why it cannot run here, or \"\".")
       .def_property_readonly("instruction_set", &Step::instruction_set)
       .def_property_readonly("threads", &Step::threads)
+      .def_property_readonly("workspace_bytes", &Step::workspace_bytes,
+                             "What the passes so far have made room for.")
       .def("gradients", &Step::gradients, "windows"_a, py::kw_only(), "scale"_a = 1.0,
            "add"_a = false,
            "The mean loss in nats; gradients of scale times it are written, or added.")
