@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 # Parts and flags of benchmarks/gpu.py, such as GPU_FLAGS="attention ffn".
 GPU_FLAGS ?=
+# The text of make speedrun; without it tinyshakespeare in NANOGPT_DATA, or the built-in corpus.
+SPEEDRUN_TEXT ?=
 # Flags of tests/faults, such as FAULTS_FLAGS="--kills 100 --damaged 1000".
 FAULTS_FLAGS ?=
 # How long make fuzz takes for each parser.
@@ -27,7 +29,7 @@ BUILD_TOOLS := setuptools cmake ninja nlohmann-json pybind11
 PLUGIN := nanogpt_torchscript.so
 
 .DEFAULT_GOAL := help
-.PHONY: help build plugin train test test-all faults fuzz lint format bench gpu wheel clean
+.PHONY: help build plugin train test test-all faults fuzz lint format bench speedrun gpu wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +90,10 @@ fuzz: build  ## mutate what every parser and reader reads, SECONDS (60) for each
 
 bench: build  ## measure this machine: the fused operations, a training step, writing
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+speedrun: build  ## text, train, align, calibrate, export, write: minutes; renews RESULTS.md
+	$(RUN) benchmarks/speedrun.py $(if $(SPEEDRUN_TEXT),--text "$(SPEEDRUN_TEXT)")
+	$(RUN) benchmarks/make_results.py
 
 gpu: build  ## measure the CUDA device in eight minutes and renew RESULTS.md
 	$(RUN) benchmarks/gpu.py $(GPU_FLAGS)

@@ -1,4 +1,4 @@
-"""Make RESULTS.md from benchmarks/results/: `python benchmarks/make_results.py`."""
+"""Make RESULTS.md and a table of the README from benchmarks/results/."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import speedrun  # noqa: E402
 from recording import RESULTS, bytes_rate, flops_rate, in_words, rate  # noqa: E402
 
 NO_GPU = "Every GPU figure:"
@@ -16,9 +17,36 @@ NO_GPU = "Every GPU figure:"
 RATES = ("tokens_per_second", "tflops", "bytes_per_second")
 
 
+README_BEGINS, README_ENDS = "<!-- make speedrun wrote this table -->", "<!-- to here -->"
+
+
 def main() -> None:
-    """Write RESULTS.md."""
+    """Write RESULTS.md, and the README's table of the speedrun."""
     (ROOT / "RESULTS.md").write_text("\n".join(results(RESULTS)) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(with_speedrun(readme.read_text(), RESULTS))
+
+
+def with_speedrun(text: str, folder: Path) -> str:
+    """The README with the table of the newest speedrun between its two markers.
+
+    Raises: ValueError where it has no such markers.
+    """
+    before, begins, rest = text.partition(README_BEGINS)
+    _, ends, after = rest.partition(README_ENDS)
+    if not begins or not ends:
+        raise ValueError(f"the README lacks {README_BEGINS} … {README_ENDS}")
+    newest: dict[str, Any] = {}
+    for path in sorted(folder.glob("*/speedrun.json")):
+        content = json.loads(path.read_text())
+        if content["date"] >= newest.get("date", ""):
+            newest = content
+    lines = ["", "No speedrun has been recorded yet.", ""]
+    if newest:
+        made = f"{newest['device']}, {newest['date']}, torch {newest['versions']['torch']}"
+        checks = newest["checks"]["speedrun"]
+        lines = ["", f"Measured by `make speedrun`: {made}.", "", *speedrun.table(checks), ""]
+    return "\n".join([before + begins, *lines, ends + after])
 
 
 def results(folder: Path) -> list[str]:
@@ -108,6 +136,10 @@ def _checks(checks: dict[str, Any]) -> list[str]:
             memory = f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
             lines.append(_line([row["what"], row["outcome"], f"{row['seconds']:.0f}", memory]))
         return lines
+    if "speedrun" in checks:
+        return speedrun.table(checks["speedrun"])
+    if "memory" in checks:
+        return _memory(checks["memory"])
     heads = ["kernel", "cases", "comparisons with float64", "failures", "not available"]
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for kernel, counts in checks["kernels"].items():
@@ -126,6 +158,16 @@ def _faults(parts: dict[str, Any]) -> list[str]:
         for row in part["rows"]:
             cells = [row[head] for head in heads]
             lines.append(_line([f"{c:,}" if isinstance(c, int) else str(c) for c in cells]))
+    return lines
+
+
+def _memory(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What was forecast before a run, and what it took."""
+    heads = ["shape", "the program before it", "forecast", "measured peak", "ratio"]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    for row in rows.values():
+        sizes = (f"{row[key] / 1e6:,.0f} MB" for key in ("program", "forecast", "peak"))
+        lines.append(_line([row["shape"], *sizes, f"{row['ratio']:.3f}"]))
     return lines
 
 

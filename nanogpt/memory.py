@@ -22,9 +22,16 @@ from nanogpt.config import GPTConfig
 _FLOAT = 4
 _MOMENTS = 2
 """AdamW's, for each weight."""
-EVALUATION_TOKENS = 16_384
-EVALUATION_LOGITS_BYTES = 2**28
+_EVALUATION_TOKENS = {"cpu": 4_096}
+_EVALUATION_TOKENS_ELSEWHERE = 16_384
+_EVALUATION_LOGITS_BYTES = 2**28
 """What evaluation computes at once: so many tokens, and fewer where their logits take more."""
+_HOLES = 1.1
+"""What an allocator on a CPU takes for a step's tensors: blocks below 32 MB come from a heap, whose
+holes do not fit the next ones (glibc; giving every block back at once would take half the holes
+and up to half of the speed)."""
+_LATER_BYTES = 28_000_000
+"""Code and modules that a process on a CPU loads with its first step, checkpoint and report."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +101,17 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
         program_bytes: resident bytes of the process so far, on a CPU.
     """
     weights = _FLOAT * work.shape.n_parameters()
-    kept, step = _step(work)
+    kept, step = step_bytes(work)
+    holes = _HOLES if work.device == "cpu" else 1.0
     # A checkpoint copies weights and moments, and packs the moments in memory before it writes.
     saving = 0 if work.device != "cpu" else weights * (1 + 2 * _MOMENTS)
     return Forecast(
-        program=program_bytes,
+        program=program_bytes + (_LATER_BYTES if work.device == "cpu" else 0),
         weights=weights,
         optimizer=_MOMENTS * weights,
         kept=kept,
-        step=step,
-        evaluation=_evaluation(work),
+        step=int(step * holes),
+        evaluation=int(_evaluation(work) * holes),
         saving=saving,
     )
 
@@ -122,9 +130,10 @@ def largest_batch(work: Workload, limit_bytes: int) -> int | None:
     return batch
 
 
-def evaluation_batch(shape: GPTConfig) -> int:
+def evaluation_batch(shape: GPTConfig, device: str) -> int:
     """Windows that an evaluation computes at once."""
-    tokens = min(EVALUATION_TOKENS, EVALUATION_LOGITS_BYTES // (_FLOAT * shape.vocab_size))
+    tokens = _EVALUATION_TOKENS.get(device, _EVALUATION_TOKENS_ELSEWHERE)
+    tokens = min(tokens, _EVALUATION_LOGITS_BYTES // (_FLOAT * shape.vocab_size))
     return max(1, tokens // shape.block_size)
 
 
@@ -142,8 +151,8 @@ class _Tally:
         self.live -= n_bytes
 
 
-def _step(work: Workload) -> tuple[int, int]:
-    """Bytes kept when the forward pass has ended, and the most at any time of the step."""
+def step_bytes(work: Workload) -> tuple[int, int]:
+    """Bytes of tensors kept when the forward pass has ended, and the most at any time."""
     shape, p = work.shape, work.product_bytes
     n, c, v = work.batch * shape.block_size, shape.n_embd, shape.vocab_size
     gradients = _FLOAT * shape.n_parameters()
@@ -282,7 +291,7 @@ def _backward_of_block(work: Workload, tally: _Tally) -> None:
 def _evaluation(work: Workload) -> int:
     """The most that an evaluation holds: a feed-forward's hidden layer twice, or the logits."""
     shape, p = work.shape, work.product_bytes
-    n = evaluation_batch(shape) * shape.block_size
+    n = evaluation_batch(shape, work.device) * shape.block_size
     stream = n * shape.n_embd * (3 * _FLOAT + 2 * p)
     inside = 8 * n * shape.n_embd * p
     logits = n * shape.vocab_size * (2 * _FLOAT if p == _FLOAT else p + 2 * _FLOAT)

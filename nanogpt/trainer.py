@@ -239,7 +239,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     block = model.config.block_size
-    batch = evaluation_batch(model.config)
+    batch = evaluation_batch(model.config, device.type)
     total, count = 0.0, 0
     for starts, length in validation_windows(len(tokens), block):
         for first in range(0, len(starts), batch):
