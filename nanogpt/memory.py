@@ -11,6 +11,10 @@ have `product` bytes a number and the residual stream four. A block keeps for it
     feed-forward    hidden layer 4 NC before GELU and (in torch) 4 NC after it
     dropout         two masks NC: of four bytes on a CPU, of one elsewhere
 
+The native engine lays its workspace out once (csrc/engine/training.cpp): for each layer the stream
+twice 2 NC and, in the precision of products, two norms' outputs 2 NC, q, k, v 3 NC, heads NC and the
+hidden layer 8 NC; gradients stay, and so does the smaller workspace of evaluations.
+
 With recomputation it keeps its two inputs, 2 NC, and makes the rest once more in backward.
 """
 
@@ -46,6 +50,7 @@ class Workload:
         device: "cpu", "cuda" or "mps".
         kernels: the implementation of each operation; what is not named is torch's.
         recompute: whether blocks are computed once more in backward.
+        engine: "torch" or "native".
     """
 
     shape: GPTConfig
@@ -55,6 +60,7 @@ class Workload:
     device: str = "cpu"
     kernels: Mapping[str, str] | None = None
     recompute: bool = False
+    engine: str = "torch"
 
     def picked(self, operation: str) -> str:
         """The implementation of an operation."""
@@ -101,8 +107,16 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
         program_bytes: resident bytes of the process so far, on a CPU.
     """
     weights = _FLOAT * work.shape.n_parameters()
-    kept, step = step_bytes(work)
     holes = _HOLES if work.device == "cpu" else 1.0
+    if work.engine == "native":
+        holes = 1.0
+        kept = _native_bytes(work, work.batch, with_gradients=True)
+        step = kept + weights
+        batch = evaluation_batch(work.shape, work.device)
+        evaluation = step + _native_bytes(work, batch, with_gradients=False)
+    else:
+        kept, step = step_bytes(work)
+        evaluation = _evaluation(work)
     # A checkpoint copies weights and moments, and packs the moments in memory before it writes.
     saving = 0 if work.device != "cpu" else weights * (1 + 2 * _MOMENTS)
     return Forecast(
@@ -111,9 +125,34 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
         optimizer=_MOMENTS * weights,
         kept=kept,
         step=int(step * holes),
-        evaluation=int(_evaluation(work) * holes),
+        evaluation=int(evaluation * holes),
         saving=saving,
     )
+
+
+_NATIVE_PANEL = 32
+_NATIVE_LOGITS_BYTES = 2**26
+
+
+def _native_bytes(work: Workload, batch: int, with_gradients: bool) -> int:
+    """The native engine's room for a pass over `batch` sequences, but for each thread's scratch."""
+    shape, p = work.shape, work.product_bytes
+    n, c, v = batch * shape.block_size, shape.n_embd, shape.vocab_size
+
+    def packed(depth: int, cols: int) -> int:
+        return depth * p * -(-cols // _NATIVE_PANEL) * _NATIVE_PANEL
+
+    layer = n * c * (_FLOAT + 14 * p) + n * (4 + shape.n_head) * _FLOAT
+    layers = shape.n_layer if with_gradients and not work.recompute else 1
+    inputs = shape.n_layer if with_gradients else 1
+    chunk = min(n, max(14, _NATIVE_LOGITS_BYTES // (_FLOAT * v)))
+    weights = max(packed(4 * c, c), packed(c, 4 * c))
+    total = layers * layer + inputs * n * c * _FLOAT
+    total += n * c * (_FLOAT + p) + chunk * v * _FLOAT + weights + packed(c, v)
+    if not with_gradients:
+        return total + weights
+    total += max(weights, packed(n, 4 * c)) + packed(n, c) + packed(v, c) + chunk * v * p
+    return total + n * c * (8 * p + 2 * _FLOAT) + n // 64 * 4 * c * _FLOAT
 
 
 def largest_batch(work: Workload, limit_bytes: int) -> int | None:

@@ -369,6 +369,7 @@ def memory_workload(plan: Plan, kernels: Mapping[str, str]) -> memory.Workload:
         device=plan.device.type,
         kernels=kernels,
         recompute=plan.config.recompute,
+        engine=plan.engine,
     )
 
 

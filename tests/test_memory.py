@@ -8,15 +8,17 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from nanogpt import GPT, machine, memory, micro_batch
+from nanogpt import GPT, machine, memory, micro_batch, native
 from nanogpt import train as train_module
 from nanogpt.config import PRESETS, GPTConfig
 from nanogpt.memory import Workload, forecast, largest_batch, step_bytes
+from nanogpt.native_step import NativeStep, unfit
 from nanogpt.run_directory import RunDirectory
 
 SMALL = ("--n-layer", 2, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
@@ -331,3 +333,35 @@ def test_the_forecast_is_within_fifteen_per_cent_of_the_measured_peak():
     for name in ("S", "S-256", "M-recompute"):
         row = measured.measure(measured.SHAPES[name])
         assert abs(row["ratio"] - 1) <= measured.LIMIT, measured.describe(name, row)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [
+        ({"vocab_size": 65, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}, 12),
+        ({"vocab_size": 300, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64}, 64),
+        ({"vocab_size": 50_257, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 96}, 4),
+    ],
+)
+def test_the_native_engines_room_is_forecast(shape, batch, dtype, recompute):
+    config = GPTConfig(**shape)
+    if not native.available() or unfit(config, torch.device("cpu"), dtype):
+        pytest.skip("the native engine does not compute it here")
+    model = GPT(config)
+    model.recompute = recompute
+    step = NativeStep(model, dtype, 1)
+    windows = np.zeros((batch, config.block_size + 1), dtype=np.int64)
+    step.gradients(windows)
+    evaluated = memory.evaluation_batch(config, "cpu")
+    step.loss(np.zeros((evaluated, config.block_size + 1), dtype=np.int64))
+    work = Workload(
+        config, batch, product_bytes=dtype.itemsize, recompute=recompute, engine="native"
+    )
+    found = forecast(work)
+    gradients = 4 * config.n_parameters()
+    # A thread's scratch, up to three megabytes, is left out of the forecast.
+    scratch = step.workspace_bytes - (found.evaluation - gradients)
+    assert 0 < scratch < 6_000_000
+    assert found.step - gradients == found.kept
