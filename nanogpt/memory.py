@@ -12,8 +12,8 @@ have `product` bytes a number and the residual stream four. A block keeps for it
     dropout         two masks NC: of four bytes on a CPU, of one elsewhere
 
 The native engine lays its workspace out once (csrc/engine/training.cpp): for each layer the stream
-twice 2 NC and, in the precision of products, two norms' outputs 2 NC, q, k, v 3 NC, heads NC and the
-hidden layer 8 NC; gradients stay, and so does the smaller workspace of evaluations.
+twice, 2 NC, and in the precision of products the outputs of two norms 2 NC, q, k, v 3 NC, heads NC
+and the hidden layer 8 NC; gradients stay, and so does the smaller workspace of evaluations.
 
 With recomputation it keeps its two inputs, 2 NC, and makes the rest once more in backward.
 """
