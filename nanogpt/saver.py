@@ -42,7 +42,7 @@ class Saver:
         self._written: int | None = None
         if start is not None:
             self._best, self._written = start.folder / "best.safetensors", start.state["step"]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = _writer()
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -86,7 +86,12 @@ class Saver:
         except (OSError, MemoryError) as error:
             self._failed(step, best, error)
             return
-        self._writing = self._thread.submit(self._write, step, taken, *copies, best)
+        try:
+            self._writing = self._thread.submit(self._write, step, taken, *copies, best)
+        except RuntimeError:  # the system gives no thread: the run waits for the checkpoint
+            # A writer that could not start keeps what it was given, and would write it one day.
+            self._thread = _writer()
+            self._write(step, taken, *copies, best)
 
     def wait(self) -> None:
         """Return once everything is written or has failed.
@@ -136,6 +141,10 @@ class Saver:
         self._best = best
         reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
         self._warn(f"WARNING: the checkpoint of {self._unit} {step:,} failed: {reason}")
+
+
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
 def _copied(value: Any) -> Any:

@@ -42,7 +42,7 @@ ALLOWED = {
     "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
-    "native": {"_C", "model", "tokenizer"},
+    "native": {"_C", "config", "model", "tokenizer"},
     "terms": {"errors"},
     "confidence": set(),
     "baselines": set(),
@@ -63,7 +63,7 @@ ALLOWED = {
     "micro_batch": {"errors", "plan", "run_directory", "trainer"},
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
-    "offline_rl": MODEL | {"data", "machine", "plan", "records", "tilt", "trainer"},
+    "offline_rl": MODEL | {"data", "machine", "recipe", "records", "tilt", "trainer"},
     "text_measures": set(),
     "self_align": MODEL
     | {
@@ -81,13 +81,13 @@ ALLOWED = {
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "micro_batch", "plan", "progress", "reporter", "run_directory", "saver"}
-    | {"trainer", "cli"},
+    | {"recipe", "trainer", "cli"},
     "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
     "explore": FILES
     | {"cli", "interruption", "plan", "progress", "records", "reporter", "run_directory"}
-    | {"trainer"},
+    | {"recipe", "trainer"},
     "cli": {"config", "errors"},
     "__init__": MODEL
     | {"checkpoint", "reward_decoding", "reward_model", "rewards", "text_rewards"},
@@ -97,6 +97,7 @@ ALLOWED = {
 NO_TORCH = {"errors", "config", "cli", "tokenizer", "data", "baselines", "progress", "report"} | {
     "confidence",
     "journal",
+    "recipe",
     "memory",
     "reward_data",
     "terms",

@@ -10,6 +10,7 @@ from nanogpt import cli
 from nanogpt.config import SampleConfig, TrainConfig
 from nanogpt.errors import InputError, UsageError
 from nanogpt.progress import duration
+from nanogpt.recipe import resolve
 
 
 def parse(*arguments):
@@ -158,7 +159,7 @@ def test_a_reader_that_goes_away_is_no_failure():
 
 
 def test_sample_and_train_defaults_are_the_contracts():
-    train, sample = TrainConfig(), SampleConfig()
+    train, sample = resolve(TrainConfig()), SampleConfig()
     assert (train.batch_size, train.val_fraction, train.resume) == (64, 0.1, "auto")
     assert (sample.temperature, sample.top_k, sample.repetition_penalty) == (1.0, None, 1.0)
 

@@ -314,3 +314,22 @@ def test_file_systems_that_lack_something_are_good_enough(tmp_path, monkeypatch,
         saved(folder, 1)
         assert folder.newest().state["step"] == 1
     assert len(told) == (number == errno.ENOLCK)
+
+
+def test_where_no_thread_can_be_started_the_run_waits_for_its_checkpoint(folder, monkeypatch):
+    model = tiny_model()
+    with Saver(folder, None, print) as saver:
+
+        def refused(self):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            saver.save(1, model, trainer_of(1), {"step": 1}, is_best=True)
+            assert saver.has(1)  # already
+        expected = weights(model)
+        train_on(model, trainer_of(1))
+        saver.save(2, model, trainer_of(2), {"step": 2}, is_best=False)
+        assert saver.has(2)
+        assert_equal(saver.best(), expected)
+    assert folder.newest().state["step"] == 2

@@ -17,6 +17,7 @@ import nanogpt as package
 from nanogpt import checkpoint, native
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
+from nanogpt.native_step import NativeStep
 from nanogpt.plan import first_difference
 from nanogpt.run_directory import RunDirectory
 from nanogpt.trainer import evaluate, overfits
@@ -68,7 +69,8 @@ def test_the_seed_command_learns_and_leaves_a_model_and_a_run_directory(train, t
 
 
 def test_the_model_file_is_the_best_of_the_run(train, text_file):
-    train("--text", text_file, "--epochs", 2, "--run-dir", "run", "--eval-interval", 5)
+    train("--text", text_file, "--epochs", 2, "--run-dir", "run", "--eval-interval", 5,
+          "--dtype", "float32")  # fmt: skip
     model, tokenizer = package.load("gpt.pth")
     best = min(row["val_loss"] for row in rows("run") if "val_loss" in row)
     ids = tokenizer.encode(text_file.read_text())
@@ -124,8 +126,8 @@ def test_json_prints_one_object_and_nothing_else(train, text_file):
 
 def test_gradient_accumulation_gives_the_same_training(train, text_file):
     for micro in (8, 3, 1):
-        train("--text", text_file, "--max-steps", 6, "--micro-batch-size", micro,
-              "--output", f"{micro}.pth")  # fmt: skip
+        train("--text", text_file, "--max-steps", 6, "--micro-batch-size", micro, "--dtype",
+              "float32", "--output", f"{micro}.pth")  # fmt: skip
     whole = weights("8.pth")
     for micro in (3, 1):
         for name, value in weights(f"{micro}.pth").items():
@@ -324,27 +326,37 @@ def test_init_continues_from_a_models_weights_and_tokenizer(train, text_file):
     assert rows("two")[-1]["val_loss"] == pytest.approx(best, abs=1e-3)
 
 
-def test_steps_without_a_finite_gradient_are_skipped_and_reported(train, text_file, monkeypatch):
-    real = torch.nn.utils.clip_grad_norm_
-    calls = []
+@pytest.fixture(params=["torch", "auto"])
+def norms(request, monkeypatch):
+    """Decides the gradient norm of each call, whoever computes the steps; and the flags for it."""
 
-    def sometimes_nan(parameters, limit):
-        calls.append(1)
-        return torch.tensor(math.nan) if len(calls) == 3 else real(parameters, limit)
+    def decide(norm):
+        torchs, own, calls = torch.nn.utils.clip_grad_norm_, NativeStep.gradient_norm, []
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
-    outcome = train("--text", text_file, "--max-steps", 6, "--run-dir", "run")
+        def of(real, *arguments):
+            calls.append(1)
+            found = norm(len(calls))
+            return real(*arguments) if found is None else torch.tensor(found)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: of(torchs, *a))
+        monkeypatch.setattr(NativeStep, "gradient_norm", lambda self: float(of(own, self)))
+        return ("--kernels", request.param)
+
+    return decide
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_reported(train, text_file, norms):
+    flags = norms(lambda call: math.nan if call == 3 else None)
+    outcome = train("--text", text_file, "--max-steps", 6, "--run-dir", "run", *flags)
     assert outcome.code == 0
     assert "step 3 was skipped" in outcome.err
     assert rows("run", "events.jsonl")[0]["kind"] == "skipped"
     assert all(torch.isfinite(p).all() for p in weights("gpt.pth").values())
 
 
-def test_a_run_that_only_diverges_ends_with_a_sentence(train, text_file, monkeypatch):
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(math.inf)
-    )
-    outcome = train("--text", text_file, "--max-steps", 150)
+def test_a_run_that_only_diverges_ends_with_a_sentence(train, text_file, norms):
+    flags = norms(lambda call: math.inf)
+    outcome = train("--text", text_file, "--max-steps", 150, *flags)
     assert outcome.code == 1
     assert "100 steps in a row had no finite loss" in outcome.err
 
