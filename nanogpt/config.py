@@ -284,7 +284,7 @@ class MachineFlags:
     recompute: bool = option(
         False,
         "keep less for the backward pass and compute it once more there: less memory, the same "
-        "losses, a quarter more time",
+        "losses, a quarter to two fifths more time",
         group="machine",
         identity=False,
     )

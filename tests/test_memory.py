@@ -370,3 +370,25 @@ def test_the_native_engines_room_is_forecast(shape, batch, dtype, recompute):
     scratch = step.workspace_bytes - (found.evaluation - gradients)
     assert 0 < scratch < 6_000_000
     assert found.step - gradients == found.kept
+
+
+def test_advanced_recomputes_too(nanogpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{n} and {n + 1} make {2 * n + 1}|{n % 5}" for n in range(60)]
+    Path("rewards.txt").write_text("\n".join(lines))
+    shape = ("--n-layer", 2, "--n-head", 2, "--n-embd", 16, "--block-size", 32, "--dropout", 0.1)
+    flags = ("--offline-data", "rewards.txt", "--epochs", 1, "--batch-size", 16, *shape)
+    real, used = GPT._hidden, []
+
+    def noting(model, tokens, cache):
+        used.append(model.recompute)
+        return real(model, tokens, cache)
+
+    monkeypatch.setattr(GPT, "_hidden", noting)
+    assert nanogpt("advanced", *flags, "--run-dir", "a", "--output", "a.pth").code == 0
+    assert not any(used)
+    less = ("--run-dir", "b", "--output", "b.pth", "--recompute")
+    outcome = nanogpt("advanced", *flags, *less)
+    assert outcome.code == 0, outcome.err
+    assert any(used)
+    assert Path("a.pth").read_bytes() == Path("b.pth").read_bytes()
