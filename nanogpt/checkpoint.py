@@ -34,6 +34,7 @@ from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
 SUFFIXES = (".pth", ".safetensors")
+_SLACK_BYTES = 4_000_000
 _LARGEST_PICKLE_BYTES = 64 * 2**20
 _OF_TENSORS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
@@ -69,6 +70,15 @@ class Snapshot:
         return model.eval()
 
 
+def _ask_for_memory(n_bytes: int) -> None:
+    """Raises: MemoryError where so much cannot be had.
+
+    The library of safetensors, which takes as much, ends the process where it cannot, or stops it
+    for ever.
+    """
+    bytearray(n_bytes)
+
+
 def snapshot(model: GPT, *, copy: bool = True) -> Snapshot:
     """A model as it is now. Copies stay what they are when the model is trained on."""
     tensors = {
@@ -84,7 +94,7 @@ def save(model: GPT | Snapshot, path: str | os.PathLike[str]) -> None:
 
     Args:
         path: ends in .pth or .safetensors; replaced only once the new file is complete on disk.
-    Raises: UsageError for another ending; OSError where the file cannot be written.
+    Raises: UsageError for another ending; OSError where the file cannot be written; MemoryError.
     """
     path = Path(path)
     check_suffix(path)
@@ -96,6 +106,7 @@ def save(model: GPT | Snapshot, path: str | os.PathLike[str]) -> None:
         write_atomically(path, lambda file: write_tensors(state, file))
     else:
         text = metadata.canonical_json(sealed).decode()
+        _ask_for_memory(2 * sum(each.nbytes for each in tensors.values()) + _SLACK_BYTES)
         raw = safetensors.torch.save(tensors, metadata={_SAFETENSORS_KEY: text})
         write_atomically(path, lambda file: file.write(raw))
 

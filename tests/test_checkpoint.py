@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -219,3 +221,28 @@ def test_what_a_killed_writer_has_left_beside_the_file_goes_and_nothing_else(tmp
         "another's",
     }
     assert load(path)[0].describe() == make_model().describe()
+
+
+def test_too_little_memory_for_a_safetensors_file_is_an_error_and_no_dead_process(tmp_path):
+    """The library ends or stops a process whose memory runs out inside it."""
+    code = """
+import resource, sys
+import torch
+from nanogpt import GPT, checkpoint
+model = GPT(n_embd=512, n_layer=4, n_head=4)
+checkpoint.save(model, sys.argv[1])
+size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 30_000_000, resource.RLIM_INFINITY))
+try:
+    checkpoint.save(model, sys.argv[1])
+except MemoryError:
+    print('told')
+"""
+    path = tmp_path / "m.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
+    checkpoint.load(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["m.safetensors"]

@@ -303,7 +303,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("kernels", "megabytes"), [("torch", 400), ("auto", 200)])
+@pytest.mark.parametrize(("kernels", "megabytes"), [("torch", 400), ("auto", 300)])
 def test_a_process_that_is_refused_memory_goes_on_with_less(
     text_file, tmp_path, kernels, megabytes
 ):
