@@ -244,5 +244,5 @@ except MemoryError:
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
-    checkpoint.load(path)
+    load(path)
     assert [each.name for each in tmp_path.iterdir()] == ["m.safetensors"]
