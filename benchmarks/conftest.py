@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from recording import Recorder, measure_ceilings
+from recording import Recorder
+
+from nanogpt.measuring import measure_ceilings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

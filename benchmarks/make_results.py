@@ -8,7 +8,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from recording import RESULTS, bytes_rate, flops_rate, in_words, rate  # noqa: E402
+from recording import RESULTS  # noqa: E402
+
+from nanogpt.measuring import bytes_rate, flops_rate, in_words, rate  # noqa: E402
 
 NO_GPU = "Every GPU figure:"
 """How the paragraph of the notes begins that stands until a GPU result exists."""

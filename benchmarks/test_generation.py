@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from recording import median_seconds
 
 from nanogpt import GPT
+from nanogpt.measuring import median_seconds
 
 SHAPES = {
     "S": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 66},
