@@ -356,8 +356,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     best, fraction = row["best_peer"], row["fraction_of_ceiling"]
     return (
         f"{row['suite']}: {measuring.in_words(row['shape'])}, {row['dtype']}",
-        f"{row['ours_seconds'] * 1e3:.3f} ms",
-        f"{best} {row['peers'][best] * 1e3:.3f} ms" if best else "none",
+        measuring.duration(row["ours_seconds"]),
+        f"{best} {measuring.duration(row['peers'][best])}" if best else "none",
         f"{row['ratio']:.2f}" if best else "",
         measuring.rate(row),
         f"{fraction:.0%}" if fraction else "",

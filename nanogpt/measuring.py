@@ -176,7 +176,14 @@ def make_row(
     floor_seconds: float | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """One row of a suite; a floor is the least time that its bytes or products allow."""
+    """One row of a suite.
+
+    Args:
+        peers: name -> seconds of the same work.
+        floor_seconds: the least time that its bytes or products allow.
+        extra: what else is known: "tokens_per_second", "tflops", "bytes_per_second", "peak_bytes",
+            or "also", words and numbers that stand beside the row.
+    """
     best = min(peers, key=lambda name: peers[name]) if peers else None
     return {
         "suite": suite,
@@ -194,15 +201,22 @@ def make_row(
 def describe_row(row: dict[str, Any]) -> str:
     """A row in one line."""
     shown = f"{row['suite']} {in_words(row['shape'])}, {row['dtype']}: "
-    shown += f"ours {row['ours_seconds'] * 1e3:.3f} ms"
+    shown += f"ours {duration(row['ours_seconds'])}"
     if row["best_peer"]:
         peer = row["peers"][row["best_peer"]]
-        shown += f", {row['best_peer']} {peer * 1e3:.3f} ms, ratio {row['ratio']:.2f}"
+        shown += f", {row['best_peer']} {duration(peer)}, ratio {row['ratio']:.2f}"
     if rate(row):
         shown += f", {rate(row)}"
+    if row.get("also"):
+        shown += f", {in_words(row['also'])}"
     if row["fraction_of_ceiling"] is not None:
         shown += f", {row['fraction_of_ceiling']:.0%} of the ceiling"
     return shown
+
+
+def duration(seconds: float) -> str:
+    """A time as it is shown: milliseconds, and seconds from ten on."""
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds * 1e3:.3f} ms"
 
 
 def in_words(shape: dict[str, Any]) -> str:
