@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 # Parts and flags of benchmarks/gpu.py, such as GPU_FLAGS="attention ffn".
 GPU_FLAGS ?=
+# Flags of the suites, such as BENCH_FLAGS="--peer-dir ../nanoGPT"; benchmarks/conftest.py says which.
+BENCH_FLAGS ?=
 # Flags of tests/faults, such as FAULTS_FLAGS="--kills 100 --damaged 1000".
 FAULTS_FLAGS ?=
 # How long make fuzz takes for each parser.
@@ -86,8 +88,8 @@ faults: build  ## damage files, cut saves off, cut the power, kill and stop runs
 fuzz: build  ## mutate what every parser and reader reads, SECONDS (60) for each
 	$(RUN) tests/fuzz --seconds $(SECONDS)
 
-bench: build  ## measure this machine: the fused operations, a training step, writing
-	$(RUN) -m pytest benchmarks --benchmark-only
+bench: build  ## run every suite of benchmarks on this machine; BENCH_FLAGS adds peers
+	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 
 gpu: build  ## measure the CUDA device in eight minutes and renew RESULTS.md
 	$(RUN) benchmarks/gpu.py $(GPU_FLAGS)
