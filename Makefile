@@ -12,6 +12,8 @@ TRAIN_FLAGS ?= --epochs 3 --batch-size 16 --output gpt.pth
 GPU_FLAGS ?=
 # The text of make speedrun; without it tinyshakespeare in NANOGPT_DATA, or the built-in corpus.
 SPEEDRUN_TEXT ?=
+# Flags of the suites, such as BENCH_FLAGS="--peer-dir ../nanoGPT"; benchmarks/conftest.py says which.
+BENCH_FLAGS ?=
 # Flags of tests/faults, such as FAULTS_FLAGS="--kills 100 --damaged 1000".
 FAULTS_FLAGS ?=
 # How long make fuzz takes for each parser.
@@ -88,8 +90,8 @@ faults: build  ## damage files, cut saves off, cut the power, kill and stop runs
 fuzz: build  ## mutate what every parser and reader reads, SECONDS (60) for each
 	$(RUN) tests/fuzz --seconds $(SECONDS)
 
-bench: build  ## measure this machine: the fused operations, a training step, writing
-	$(RUN) -m pytest benchmarks --benchmark-only
+bench: build  ## run every suite of benchmarks on this machine; BENCH_FLAGS adds peers
+	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 
 speedrun: build  ## text, train, align, calibrate, export, write: minutes; renews RESULTS.md
 	$(RUN) benchmarks/speedrun.py $(if $(SPEEDRUN_TEXT),--text "$(SPEEDRUN_TEXT)")

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
-from recording import describe_row, make_row, measure_ceilings, median_seconds
+
+from nanogpt.measuring import describe_row, make_row, measure_ceilings, median_seconds
 
 _UNAVAILABLE = re.compile(r"cannot run: (.*)", re.S)
 

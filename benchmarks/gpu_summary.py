@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from recording import bytes_rate, flops_rate, in_words, rate
+from nanogpt.measuring import bytes_rate, flops_rate, in_words, rate
 
 LIMIT = 60
 COMPILED = re.compile(r"compile|max-autotune")

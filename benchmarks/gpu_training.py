@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from gpu_session import Session
-from recording import median_seconds
 from torch import nn
 
 from nanogpt import GPT, GPTConfig
+from nanogpt.measuring import median_seconds
+from nanogpt.plain_gpt import PlainGPT
 
 HOPPER_PEAK_FLOPS = 989e12
 """Dense bf16, by the vendor's datasheet of H100 SXM and H200."""
@@ -33,50 +33,6 @@ def _config(session: Session) -> GPTConfig:
 
 def _name(session: Session) -> str:
     return "tiny" if session.tiny else "GPT-2 124M"
-
-
-class Recipe(nn.Module):
-    """The peer: nanoGPT's model, written with torch's modules alone."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(RecipeBlock(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)
-        for block in self.h:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
-        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
-
-
-class RecipeBlock(nn.Module):
-    """Pre-norm attention and feed-forward."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        c = config.n_embd
-        self.n_head = config.n_head
-        self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
-        self.c_attn, self.c_proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
-        self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU("tanh"), nn.Linear(4 * c, c))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, c = x.shape
-        q, k, v = (
-            part.view(batch, length, self.n_head, c // self.n_head).transpose(1, 2)
-            for part in self.c_attn(self.ln_1(x)).split(c, dim=2)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).reshape(batch, length, c))
-        return x + self.mlp(self.ln_2(x))
 
 
 def _stream(session: Session) -> torch.Tensor:
@@ -189,7 +145,7 @@ def _runnable(session: Session, config: GPTConfig) -> str | None:
 def _make(session: Session, config: GPTConfig, impl: str | None) -> nn.Module:
     """A model; None makes the recipe."""
     torch.manual_seed(0)
-    made = Recipe(config) if impl is None else GPT(config).set_kernels(impl)
+    made = PlainGPT(config) if impl is None else GPT(config).set_kernels(impl)
     return made.to(session.device)
 
 

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import speedrun  # noqa: E402
-from recording import RESULTS, bytes_rate, flops_rate, in_words, rate  # noqa: E402
+from recording import RESULTS  # noqa: E402
+
+from nanogpt.measuring import bytes_rate, duration, flops_rate, in_words, rate  # noqa: E402
 
 NO_GPU = "Every GPU figure:"
 """How the paragraph of the notes begins that stands until a GPU result exists."""
@@ -80,7 +82,9 @@ def _suite(name: str, content: dict[str, Any]) -> list[str]:
     if "checks" in content:
         return lines + _checks(content["checks"])
     rated = any(rate(row) for row in content["rows"])
+    noted = any(row.get("also") for row in content["rows"])
     heads = ["shape", "dtype", "ours", "best peer", "ratio", *["rate"] * rated, "of the ceiling"]
+    heads += ["also"] * noted
     lines += [_line(heads), "|" + "---|" * len(heads)]
     for row in content["rows"]:
         best = row["best_peer"]
@@ -88,11 +92,12 @@ def _suite(name: str, content: dict[str, Any]) -> list[str]:
         cells = [
             in_words(row["shape"]),
             row["dtype"],
-            f"{row['ours_seconds'] * 1e3:.3f} ms",
-            f"{best} {row['peers'][best] * 1e3:.3f} ms" if best else "none",
+            duration(row["ours_seconds"]),
+            f"{best} {duration(row['peers'][best])}" if best else "none",
             f"{row['ratio']:.2f}" if row["ratio"] else "",
             *[_rates(row)] * rated,
             f"{fraction:.0%}" if fraction else "",
+            *[in_words(row.get("also") or {})] * noted,
         ]
         lines.append(_line(cells))
     return lines
@@ -121,6 +126,8 @@ def _ceilings(ceilings: dict[str, float]) -> str:
     ]
     if "matmul_flops" in ceilings:
         shown.append(f"products {flops_rate(ceilings['matmul_flops'])}")
+    if "matmul_flops_bfloat16" in ceilings:
+        shown[-1] += f" ({flops_rate(ceilings['matmul_flops_bfloat16'])} in bfloat16)"
     return ", ".join(shown or ["no ceilings measured"])
 
 

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from recording import median_seconds
 
 from nanogpt import kernels
+from nanogpt.measuring import median_seconds
 
 pytestmark = [  # torch.compile's own imports and advice
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from recording import median_seconds
 
 from nanogpt.kernels import linear
+from nanogpt.measuring import median_seconds
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 32])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from recording import median_seconds
 
 from nanogpt import GPT, char_reward_fn, term_reward_fn
+from nanogpt.measuring import median_seconds
 from nanogpt.reward_model import RewardHead, RewardModel
 from nanogpt.tokenizer import CharTokenizer
 

@@ -1,25 +1,80 @@
-"""One optimizer step, as the training loop does it, beside nanoGPT's."""
+"""One optimizer step as the training loop does it, beside nanoGPT's best setting and llm.c.
+
+Ours goes through what `train` makes of its flags; theirs is the step of nanoGPT's train.py, eager
+and compiled, in float32 and under bfloat16 autocast. Every step has new data on both sides.
+"""
+
+import re
+import statistics
+import subprocess
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from recording import median_seconds
 
 from nanogpt import GPT
+from nanogpt.config import TrainConfig
+from nanogpt.data import gather, prepare
+from nanogpt.measuring import matmul_ceiling, median_seconds
+from nanogpt.rehearsal import Rehearsal, random_corpus
 
+pytestmark = [  # torch.compile's own imports and advice
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+
+# Shape, sequences in a step, rounds.
 SHAPES = {
-    "S": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 66}, 12, 60),
-    "M": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 96}, 16, 3),
+    "S": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}, 12, 60),
+    "M": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 96}, 16, 5),
+    "L": (
+        {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 64, "vocab_size": 50257}
+        | {"bias": True},
+        4,
+        5,
+    ),
 }
+STEPS, LAST = 200, 20
+LARGEST_DIFFERENCE = 0.02
+"""Nats between both losses after STEPS. nanoGPT's GELU is the exact one, ours GPT-2's."""
+LLMC_STEPS = 6
 
 
-def stepper(model, optimizer, batch, block, vocab):
-    """A step with fresh data each time, gradient clipping included."""
-    rng = np.random.default_rng(0)
+def rehearsal(shape: dict, batch: int, dtype: str = "auto") -> Rehearsal:
+    """The training that the flags of `train` give, on random tokens."""
+    sizes = {name: value for name, value in shape.items() if name != "vocab_size"}
+    corpus = random_corpus(shape["vocab_size"], 64 * (batch + 1) * (shape["block_size"] + 1))
+    config = TrainConfig(
+        **sizes, batch_size=batch, max_steps=100_000, val_fraction=0.0, dtype=dtype, device="cpu"
+    )
+    return Rehearsal(config, corpus)
 
-    def step():
-        windows = torch.from_numpy(rng.integers(0, vocab, (batch, block + 1)))
-        _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+def their_model(nanogpt_peer, shape: dict):
+    """nanoGPT's model and its own optimizer."""
+    config = nanogpt_peer.GPTConfig(**{"bias": False, **shape, "dropout": 0.0})
+    model = nanogpt_peer.GPT(config)
+    return model, model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), "cpu")
+
+
+def their_step(model, forward, optimizer, batch: int, autocast: bool):
+    """The step of nanoGPT's train.py: a batch of the text, clipping, AdamW, the loss read."""
+    block = model.config.block_size
+    data = np.random.default_rng(0).integers(0, model.config.vocab_size, 64 * batch * block)
+    data = data.astype(np.uint16)
+
+    def step() -> float:
+        starts = torch.randint(len(data) - block, (batch,))
+        x, y = (
+            torch.stack(
+                [torch.from_numpy(data[i + off : i + off + block].astype(np.int64)) for i in starts]
+            )
+            for off in (0, 1)
+        )
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            _, loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -30,25 +85,127 @@ def stepper(model, optimizer, batch, block, vocab):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_training_step(benchmark, record, ceilings, nanogpt_peer, name):
-    """Eager on both sides, the same batch, nanoGPT's own optimizer for nanoGPT."""
+def test_training_step(benchmark, record, ceilings, nanogpt_peer, may_compile, name):
+    """Rows of ours as `train` picks its precision, and in bfloat16."""
     shape, batch, rounds = SHAPES[name]
-    model = GPT(**shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    peer = nanogpt_peer.GPT(nanogpt_peer.GPTConfig(**shape, dropout=0.0, bias=False))
-    peer_optimizer = peer.configure_optimizers(0.1, 1e-4, (0.9, 0.99), "cpu")
-    args = (batch, shape["block_size"], shape["vocab_size"])
-    ours, theirs = stepper(model, optimizer, *args), stepper(peer, peer_optimizer, *args)
-    times = median_seconds({"ours": ours, "nanoGPT, eager": theirs}, rounds)
-    benchmark.pedantic(ours, rounds=3)
+    ours = {dtype: rehearsal(shape, batch, dtype) for dtype in ("auto", "bfloat16")}
+    model, optimizer = their_model(nanogpt_peer, shape)
+    # The same weights serve every setting: only the time counts.
+    settings = {"eager": model}
+    if may_compile:
+        torch._dynamo.reset()
+        settings["compile"] = torch.compile(model)
+    theirs = {
+        f"nanoGPT, {how}, {dtype}": their_step(model, run, optimizer, batch, dtype == "bfloat16")
+        for how, run in settings.items()
+        for dtype in ("float32", "bfloat16")
+    }
+    mine = {dtype: each.step for dtype, each in ours.items()}
+    times = median_seconds(mine | theirs, rounds)
+    benchmark.pedantic(mine["auto"], rounds=3)
     tokens = batch * shape["block_size"]
-    floor = model.config.flops_per_token() * tokens / ceilings["matmul_flops"]
-    peers = {"nanoGPT, eager": times["nanoGPT, eager"]}
+    for asked, each in ours.items():
+        if asked != "auto" and each.plan.dtype == ours["auto"].plan.dtype:
+            continue
+        flops = each.plan.shape.flops_per_token() * tokens
+        record(
+            "training-step",
+            {"model": name, "batch": batch, "block": shape["block_size"]},
+            str(each.plan.dtype).removeprefix("torch."),
+            times[asked],
+            {peer: times[peer] for peer in theirs},
+            flops / matmul_ceiling(ceilings, each.plan.dtype),
+            tokens_per_second=tokens / times[asked],
+        )
+
+
+def test_training_step_beside_llm_c(benchmark, record, ceilings, llmc_folder):
+    """llm.c's own program, which reports the time of its steps; ended after a few of them."""
+    shape, batch, rounds = SHAPES["L"]
+    ours = rehearsal(shape, batch)
+    process = subprocess.Popen(
+        [llmc_folder / "train_gpt2"], cwd=llmc_folder, stdout=subprocess.PIPE, text=True
+    )
+    took: list[float] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            found = re.search(r"\(took ([\d.]+) ms\)", line)
+            took += [float(found[1]) / 1e3] if found else []
+            if len(took) > LLMC_STEPS:
+                break
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert len(took) > LLMC_STEPS, "train_gpt2 reported too few steps"
+    times = median_seconds({"ours": ours.step}, rounds)
+    benchmark.pedantic(ours.step, rounds=3)
+    tokens = batch * shape["block_size"]
     record(
         "training-step",
-        {"model": name, "batch": batch, "block": shape["block_size"]},
+        {"model": "L, beside llm.c", "batch": batch, "block": shape["block_size"]},
         "float32",
         times["ours"],
-        peers,
-        floor,
+        {"llm.c": statistics.median(took[1:])},
+        ours.plan.shape.flops_per_token() * tokens / matmul_ceiling(ceilings, ours.plan.dtype),
+        tokens_per_second=tokens / times["ours"],
     )
+
+
+def test_the_same_loss_after_200_steps(benchmark, record, nanogpt_peer, data_folder, tmp_path):
+    """The same weights, batches and rates on real text: both must learn alike."""
+    shape, batch, _ = SHAPES["S"]
+    sizes = {name: value for name, value in shape.items() if name != "vocab_size"}
+    corpus = prepare([str(data_folder / "tinyshakespeare.txt")], cache_dir=tmp_path)
+    config = TrainConfig(
+        **sizes, batch_size=batch, max_steps=STEPS, learning_rate=1e-3, device="cpu"
+    )
+    torch.manual_seed(0)
+    initial = GPT(**shape | {"vocab_size": corpus.tokenizer.vocab_size})
+    ours = Rehearsal(config, corpus, initial)
+    model, _ = their_model(nanogpt_peer, {**shape, "vocab_size": corpus.tokenizer.vocab_size})
+    weights = dict(initial.named_parameters())
+    model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
+    betas = (config.beta1, config.beta2)
+    optimizer = model.configure_optimizers(config.weight_decay, 1e-3, betas, "cpu")
+    train_tokens, _ = corpus.split(config.val_fraction)
+    losses: dict[str, list[float]] = {"ours": [], "nanoGPT": []}
+    seconds = dict.fromkeys(losses, 0.0)
+
+    def steps() -> None:
+        for step in range(STEPS):
+            starts = ours.plan.order.starts(step)
+            windows = gather(train_tokens, starts, shape["block_size"])
+            started = time.perf_counter()
+            losses["ours"].append(ours.step(windows))
+            between = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = ours.plan.learning_rate(step)
+            both = torch.from_numpy(windows)
+            _, loss = model(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses["nanoGPT"].append(loss.item())
+            seconds["ours"] += between - started
+            seconds["nanoGPT"] += time.perf_counter() - between
+
+    benchmark.pedantic(steps, rounds=1)
+    first = abs(losses["ours"][0] - losses["nanoGPT"][0])
+    assert first < 1e-3, "both began with the same weights and the same batch"
+    last = {name: statistics.mean(each[-LAST:]) for name, each in losses.items()}
+    record(
+        "training-loss",
+        {"model": "S", "batch": batch, "steps": STEPS, "text": "tinyshakespeare"},
+        str(ours.plan.dtype).removeprefix("torch."),
+        seconds["ours"],
+        {"nanoGPT, eager, float32": seconds["nanoGPT"]},
+        also={
+            f"mean loss of the last {LAST} steps": round(last["ours"], 4),
+            "nanoGPT's": round(last["nanoGPT"], 4),
+        },
+    )
+    assert abs(last["ours"] - last["nanoGPT"]) < LARGEST_DIFFERENCE, last
+    assert last["ours"] < losses["ours"][0] - 1, "nothing was learnt"

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "calibrate": (configuration.CalibrateConfig, "nanogpt.calibrate"),
     "explore": (configuration.ExploreConfig, "nanogpt.explore.command"),
     "export": (configuration.ExportConfig, "nanogpt.export.command"),
+    "bench": (configuration.BenchConfig, "nanogpt.bench"),
     "doctor": (configuration.DoctorConfig, "nanogpt.doctor"),
 }
 INTERRUPTED = 130

@@ -852,6 +852,26 @@ class ExploreConfig(RunFlags):
 
 
 @dataclass(frozen=True)
+class BenchConfig(MachineFlags, ShapeFlags):
+    """Say what this machine does, which paths are picked, and how they compare with others."""
+
+    seconds: float = option(60.0, "about how long to measure", minimum=1, maximum=86_400)
+    compile: bool = option(
+        False, "measure torch.compile of the plain model too, which takes minutes to compile"
+    )
+    peers: bool = option(True, "measure others beside ours")
+    vocab_size: int = option(96, "ids of the vocabulary", group="model", minimum=2, maximum=55_000)
+    batch_size: int = option(16, "sequences in an optimizer step", group="training", minimum=1)
+    max_new_tokens: int | None = option(
+        None,
+        "tokens to write",
+        group="training",
+        minimum=1,
+        auto="half of the context, 128 at most",
+    )
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Say what is installed, what a missing part would give, and the command that adds it."""
 

@@ -301,7 +301,17 @@ def choose_kernels(
     Raises: UsageError where the named implementation cannot run these shapes.
     """
     earlier = (begun.read_identity() or {}).get("kernels") if begun else None
-    work = Workload(
+    try:
+        return choose(impl, device, workload(shape, dtype, batch), earlier)
+    except RuntimeError as error:
+        if impl == "auto":
+            raise
+        raise UsageError(f"--kernels {impl}: {error}; use auto") from None
+
+
+def workload(shape: GPTConfig, dtype: torch.dtype, batch: int) -> Workload:
+    """What the implementations are compared on: a micro-batch of the run, or a part of it."""
+    return Workload(
         batch=min(batch, max(1, _MEASURED_TOKENS // shape.block_size)),
         positions=shape.block_size,
         heads=shape.n_head,
@@ -309,12 +319,6 @@ def choose_kernels(
         vocabulary=shape.vocab_size,
         dtype=dtype,
     )
-    try:
-        return choose(impl, device, work, earlier)
-    except RuntimeError as error:
-        if impl == "auto":
-            raise
-        raise UsageError(f"--kernels {impl}: {error}; use auto") from None
 
 
 def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str, str]]:

@@ -85,6 +85,10 @@ ALLOWED = {
     "calibrate": FILES | {"calibration", "interruption", "cli"},
     "sample": FILES | {"cli", "confidence", "reward_decoding", "rewards", "terms", "_C"},
     "doctor": FILES | {"cli"},
+    "measuring": set(),
+    "plain_gpt": {"config"},
+    "rehearsal": FILES | {"plan", "trainer"},
+    "bench": FILES | {"cli", "measuring", "plain_gpt", "plan", "rehearsal"},
     "explore": FILES
     | {"cli", "interruption", "plan", "progress", "records", "reporter", "run_directory"}
     | {"recipe", "trainer"},

@@ -269,7 +269,7 @@ def test_too_little_memory_to_compare_leaves_torch(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(choice, "_results", full)
+    monkeypatch.setattr(choice, "results", full)
     picked, line = choice.measure("ffn", torch.device(DEVICE), WORK)
     assert picked == "torch"
     assert "too little memory" in line

@@ -90,11 +90,11 @@ def measure(operation: str, device: torch.device, workload: Workload) -> tuple[s
 
 
 def _compare(operation: str, device: torch.device, workload: Workload) -> tuple[str, str]:
-    call, arguments = _calls(device, workload)[operation]
-    exact = _results(call, [x.float() for x in arguments], "torch")
-    theirs = _results(call, arguments, "torch")
+    call, arguments = calls(device, workload)[operation]
+    exact = results(call, [x.float() for x in arguments], "torch")
+    theirs = results(call, arguments, "torch")
     try:
-        ours = _results(call, arguments, "triton")
+        ours = results(call, arguments, "triton")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler's or a driver's: whatever it is, torch runs
@@ -108,7 +108,7 @@ def _compare(operation: str, device: torch.device, workload: Workload) -> tuple[
             return "torch", "torch (Triton's result is not as exact)"
     del ours, theirs, exact
     seconds = {
-        impl: _median_seconds(partial(_results, call, arguments, impl), device)
+        impl: _median_seconds(partial(results, call, arguments, impl), device)
         for impl in ("triton", "torch")
     }
     ratio = seconds["torch"] / seconds["triton"]
@@ -116,7 +116,7 @@ def _compare(operation: str, device: torch.device, workload: Workload) -> tuple[
     return winner, f"{winner} ({ratio:.2f} times torch's speed)"
 
 
-def _calls(
+def calls(
     device: torch.device, work: Workload
 ) -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
     """Each operation with random arguments of the run's shapes; gradients go to all of them.
@@ -162,7 +162,7 @@ def _calls(
     }
 
 
-def _results(
+def results(
     call: Callable[..., torch.Tensor], arguments: list[torch.Tensor], impl: str
 ) -> list[torch.Tensor]:
     """The output and the gradient of every argument."""
