@@ -198,13 +198,18 @@ def _training(bench: Bench) -> Row:
     peers: dict[str, Callable[[], Any]] = {}
     if bench.config.peers:
         plain = PlainGPT(bench.shape).to(bench.device)
-        peers["torch"] = _step_of(plain, plain, bench)
+        models: dict[str, tuple[torch.nn.Module, Callable[..., Any]]] = {"torch": (plain, plain)}
         if bench.config.compile:
-            peers["torch.compile"] = _step_of(plain, torch.compile(plain), bench)
+            models["torch.compile"] = plain, torch.compile(plain)
         theirs = _transformers_model(bench.shape)
         if theirs is not None:
             theirs = theirs.to(bench.device).train()
-            peers["transformers"] = _step_of(theirs, partial(_loss_of_theirs, theirs), bench)
+            models["transformers"] = theirs, partial(_loss_of_theirs, theirs)
+        # Autocast to bfloat16 is not always the faster one for them.
+        for dtype in dict.fromkeys((bench.dtype, torch.float32)):
+            for name, (model, forward) in models.items():
+                shown = name if dtype == bench.dtype else f"{name}, {_name(dtype)}"
+                peers[shown] = _step_of(model, forward, bench, dtype)
     seconds = bench.medians({"ours": bench.rehearsal.step, **peers}, _SHARES["training"])
     ours, tokens = seconds.pop("ours"), batch * block
     floor = bench.shape.flops_per_token() * tokens / matmul_ceiling(bench.ceilings, bench.dtype)
@@ -220,9 +225,9 @@ def _training(bench: Bench) -> Row:
 
 
 def _step_of(
-    model: torch.nn.Module, forward: Callable[..., Any], bench: Bench
+    model: torch.nn.Module, forward: Callable[..., Any], bench: Bench, dtype: torch.dtype
 ) -> Callable[[], float]:
-    """The same step for another model, in the same precision."""
+    """The same step for another model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (bench.config.batch_size, bench.shape.block_size + 1)
     draw = np.random.default_rng(0)
@@ -230,7 +235,7 @@ def _step_of(
     def step() -> float:
         windows = torch.from_numpy(draw.integers(0, bench.shape.vocab_size, shape))
         windows = windows.to(bench.device)
-        with machine.autocast(bench.device, bench.dtype):
+        with machine.autocast(bench.device, dtype):
             _, loss = forward(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

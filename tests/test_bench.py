@@ -9,7 +9,7 @@ from nanogpt import bench, measuring, native
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
 from nanogpt.plain_gpt import PlainGPT
-from nanogpt.plan import scheduled_rate
+from nanogpt.recipe import scheduled_rate
 from nanogpt.rehearsal import Rehearsal, random_corpus
 
 TINY = (
@@ -49,7 +49,8 @@ def test_json_holds_the_machine_what_is_picked_and_every_row(nanogpt):
         assert row["fraction_of_ceiling"] > 0
     step = rows[4]
     flops = GPTConfig(20, 16, 1, 2, 16).flops_per_token() * 2 * 16
-    floor = flops / report["ceilings"]["matmul_flops"]
+    name = "" if step["dtype"] == "float32" else f"_{step['dtype']}"
+    floor = flops / report["ceilings"][f"matmul_flops{name}"]
     assert step["fraction_of_ceiling"] == pytest.approx(floor / step["ours_seconds"])
     assert step["tokens_per_second"] == pytest.approx(32 / step["ours_seconds"])
 
@@ -229,7 +230,7 @@ def test_a_rehearsal_takes_the_weights_and_windows_that_it_is_given():
     windows = corpus.tokens[:36].reshape(4, 9).astype("int64")
     tokens = torch.from_numpy(windows)
     _, loss = initial(tokens[:, :-1], tokens[:, 1:])
-    rehearsal = Rehearsal(tiny_training(), corpus, initial)
+    rehearsal = Rehearsal(tiny_training(dtype="float32"), corpus, initial)
     assert rehearsal.step(windows) == pytest.approx(loss.item(), rel=1e-5)
     later = rehearsal.step(windows)
     assert later < loss.item()
