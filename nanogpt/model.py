@@ -28,6 +28,7 @@ from nanogpt.kernels import (
 )
 from nanogpt.tokenizer import Tokenizer, tokenizer_from_dict
 
+_STD = 0.02
 QK_GAIN = 1.5
 """With qk_norm the attention's logits are scaled by QK_GAIN * D**-0.5; as kQkGain in C++."""
 QK_EPS = 1e-6
@@ -253,14 +254,22 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
                 shrink = 1 / math.sqrt(2 * self.config.n_layer) if residual else 1.0
-                parameter.normal_(mean=0.0, std=0.02 * shrink)
+                parameter.normal_(mean=0.0, std=_STD * shrink)
 
     @torch.no_grad()
-    def zero_projections(self) -> None:
-        """Begin with blocks that pass on what they are given: residual projections are zero."""
+    def begin_quickly(self) -> None:
+        """Weights for large learning rates, in place of GPT-2's: those of --recipe speed.
+
+        Blocks begin by passing on what they are given, as residual projections are zero; the other
+        matrices have a standard deviation of 0.45 / sqrt(C), embeddings of 1.13 / sqrt(C).
+        """
+        width = self.config.n_embd
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
+            elif parameter.dim() == 2:
+                size = 0.45 if ".h." in name else 1.13
+                parameter.mul_(size / math.sqrt(width) / _STD)
 
     @property
     def token_weight(self) -> torch.Tensor:

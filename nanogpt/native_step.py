@@ -4,8 +4,10 @@ The engine works in place on the model's weights, on their `grad` and on the sta
 optimizer, so that a checkpoint is the same whoever computed the step.
 """
 
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from nanogpt.model import GPT
 from nanogpt.muon import start_state
 
 _MEASURED_TOKENS = 512
-_REPEATS = 3
+_REPEATS = 5
 
 
 def unfit(
@@ -163,7 +165,13 @@ def choose_engine(
         candidates.append(("torch", torch.bfloat16))
     if len(candidates) == 1:
         return *candidates[0], "asked for" if wanted != "auto" else "the only one here"
-    seconds = {each: _seconds(shape, *each) for each in candidates}
+    steps = {each: _step_of_one_block(shape, *each) for each in candidates}
+    seconds = dict.fromkeys(candidates, math.inf)
+    for _ in range(_REPEATS):  # by turns, so that another program's work falls on all of them
+        for each, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[each] = min(seconds[each], time.perf_counter() - started)
     best = min(seconds, key=lambda each: seconds[each])
     others = ", ".join(
         f"{seconds[each] / seconds[best]:.1f} times as fast as {each[0]} "
@@ -174,8 +182,8 @@ def choose_engine(
     return *best, f"measured: {others}"
 
 
-def _seconds(shape: GPTConfig, engine: str, dtype: torch.dtype) -> float:
-    """Of a step of one block, the fastest of a few."""
+def _step_of_one_block(shape: GPTConfig, engine: str, dtype: torch.dtype) -> Callable[[], object]:
+    """Loss and gradients of a model with one block of these widths."""
     small = GPTConfig(
         vocab_size=min(shape.vocab_size, 512),
         block_size=min(shape.block_size, _MEASURED_TOKENS),
@@ -188,24 +196,14 @@ def _seconds(shape: GPTConfig, engine: str, dtype: torch.dtype) -> float:
     windows += np.arange(small.block_size + 1) % small.vocab_size
     with torch.random.fork_rng(devices=[]):
         model = GPT(small)
-    step: Callable[[], object]
     if engine == "native":
-        own = NativeStep(model, dtype, torch.get_num_threads())
+        return partial(NativeStep(model, dtype, torch.get_num_threads()).gradients, windows)
+    tokens = torch.from_numpy(windows)
 
-        def step() -> object:
-            return own.gradients(windows)
-    else:
-        tokens = torch.from_numpy(windows)
+    def step() -> object:
+        with machine.autocast(torch.device("cpu"), dtype):
+            _, loss = model(tokens[:, :-1], tokens[:, 1:], return_logits=False)
+        loss.backward()
+        return loss
 
-        def step() -> object:
-            with machine.autocast(torch.device("cpu"), dtype):
-                _, loss = model(tokens[:, :-1], tokens[:, 1:], return_logits=False)
-            loss.backward()
-            return loss
-
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return step

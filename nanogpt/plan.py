@@ -114,9 +114,10 @@ def make_plan(
     assert config.batch_size is not None
     order = BatchOrder(len(train_tokens), shape.block_size, config.batch_size, config.seed)
     total = _total_steps(config, order.steps_per_epoch)
-    eval_interval = config.eval_interval or min(1000, max(1, math.ceil(total / 10)))
-    warmup = config.warmup_steps
     recipe = RECIPES[config.recipe]
+    usual = min(1000, max(1, math.ceil(total / recipe.evaluations)))
+    eval_interval = config.eval_interval or usual
+    warmup = config.warmup_steps
     peak = config.learning_rate or recipe.learning_rate(shape.n_embd)
     if config.min_lr is not None and config.min_lr > peak:
         raise UsageError(f"--min-lr {config.min_lr:g} is above the learning rate, {peak:g}")

@@ -20,10 +20,10 @@ class Recipe:
         batch_tokens: of an optimizer step; None for 64 sequences.
         max_steps: where neither --epochs nor --max-steps is given; None for one epoch.
         muon: whether the blocks' matrices are Muon's.
-        zero_projections: whether residual projections begin at zero, so that a block begins by
-            passing on what it is given.
+        quick_beginning: whether weights begin as `GPT.begin_quickly` makes them.
         decay: the part of the steps in which the rate falls, linearly; None for a cosine.
         least: the last rate as a part of the peak.
+        evaluations: of a run, where --eval-interval is not given.
     """
 
     name: str
@@ -32,9 +32,10 @@ class Recipe:
     batch_tokens: int | None = None
     max_steps: int | None = None
     muon: bool = False
-    zero_projections: bool = False
+    quick_beginning: bool = False
     decay: float | None = None
     least: float = 0.1
+    evaluations: int = 10
 
     def learning_rate(self, n_embd: int) -> float:
         """Of AdamW, at the peak."""
@@ -54,17 +55,18 @@ RECIPES = {
         shape={"rotary": True, "qk_norm": True},
         tiny_block_size=64,
         batch_tokens=768,
-        max_steps=300,
+        max_steps=260,
         muon=True,
-        zero_projections=True,
+        quick_beginning=True,
         decay=0.5,
         least=0.0,
+        evaluations=3,
     ),
 }
 
-MUON_RATE = 0.02
+MUON_RATE = 0.03
 """Muon's learning rate at the peak of the schedule: one for all widths."""
-MUON_MOMENTUM = 0.95
+MUON_MOMENTUM = 0.9
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

@@ -76,8 +76,8 @@ def make_trainer(
     """
     torch.manual_seed(plan.config.seed)
     model = start.load_model() if start else GPT(plan.shape)
-    if start is None and plan.recipe.zero_projections:
-        model.zero_projections()
+    if start is None and plan.recipe.quick_beginning:
+        model.begin_quickly()
     model.config = plan.shape
     if start is None and initial is not None:
         model.load_state_dict(initial.state_dict())
@@ -123,7 +123,7 @@ def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, fl
 
     Args:
         lr: AdamW's at the peak; Muon's has a fixed ratio to it.
-        weight_decay: of AdamW's matrices; Muon's decay by the same part of a weight in a step.
+        weight_decay: of AdamW's matrices; Muon's have none.
     """
     muon: dict[int, list[torch.nn.Parameter]] = {1: [], 3: []}
     rest: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
@@ -140,7 +140,7 @@ def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, fl
             "rate": MUON_RATE / usual,
             "lr": lr,
             "momentum": MUON_MOMENTUM,
-            "weight_decay": weight_decay,
+            "weight_decay": 0.0,
         }
         for parts, parameters in muon.items()
     ]
