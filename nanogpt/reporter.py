@@ -24,11 +24,11 @@ class Reporter:
     ) -> None:
         self.plan, self.corpus, self.folder, self.versions = plan, corpus, folder, versions
         train, val = corpus.split(plan.config.val_fraction)
-        decode = corpus.tokenizer.decode_bytes
+        decode = corpus.tokenizer.decode_array
         self.train_tokens, self.val_tokens = len(train), len(val)
         self.baselines = text_baselines(
-            decode(train[-_BASELINE_TRAIN_TOKENS:].tolist()),
-            decode(val[:_BASELINE_VAL_TOKENS].tolist()),
+            decode(train[-_BASELINE_TRAIN_TOKENS:]),
+            decode(val[:_BASELINE_VAL_TOKENS]),
         )
         self._board = self._open_board()
 

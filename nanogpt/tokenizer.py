@@ -83,6 +83,15 @@ class Tokenizer(ABC):
         """Ids of a text. Raises: UnknownCharacterError where the vocabulary lacks a character."""
         return self.encode_array(text).tolist()
 
+    def decode_array(self, ids: np.ndarray) -> bytes:
+        """`decode_bytes` of an array: a hundred times as fast where every id has one byte."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= self.end_of_text_id:
+            return self.decode_bytes(ids.tolist())  # which says what is wrong
+        if int(self.token_byte_lengths.max()) > 1:
+            return b"".join(map(self.token_bytes.__getitem__, ids.tolist()))
+        table = np.frombuffer(b"".join(raw or b"\0" for raw in self.token_bytes), dtype=np.uint8)
+        return table[ids][self.token_byte_lengths[ids] > 0].tobytes()
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Raw bytes of ids, the special token left out.
 

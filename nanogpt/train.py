@@ -293,7 +293,9 @@ def _sample(model: GPT, device: torch.device, config: TrainConfig) -> str:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     start = torch.tensor([[tokenizer.end_of_text_id]], device=device)
-    out = generate(model, start, config.sample_tokens, temperature=0.8, seed=config.seed)
+    out = generate(
+        model, start, config.sample_tokens, temperature=0.8, seed=config.seed, engine="auto"
+    )
     assert isinstance(out, torch.Tensor)
     return tokenizer.decode(out[0].tolist())
 

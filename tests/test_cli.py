@@ -182,3 +182,22 @@ def test_a_vocabulary_beyond_use_is_refused(nanogpt):
     outcome = nanogpt("train", "--tokenizer", "bpe", "--vocab-size", 2**64 - 1)
     assert outcome.code == 2
     assert outcome.err.startswith("nanogpt train: --vocab-size must be at most")
+
+
+def test_the_commands_start_without_torchs_compiler():
+    """It takes longer to import than all else together."""
+    code = "import sys, nanogpt.train; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    import torch
+
+    from nanogpt.kernels.dispatch import constant_when_compiled
+
+    ours, theirs = (
+        constant_when_compiled(lambda: 1),
+        torch.compiler.assume_constant_result(lambda: 1),
+    )
+    assert vars(ours) == vars(theirs)

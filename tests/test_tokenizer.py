@@ -164,3 +164,15 @@ def test_a_bpe_description_without_its_special_token_is_refused():
     description["tokenizer"]["added_tokens"] = []
     with pytest.raises(InputError, match="damaged"):
         tokenizer_from_dict(description)
+
+
+@pytest.mark.parametrize("characters", ["abc\n", "abcé\0€"])
+def test_arrays_decode_as_lists_do(characters):
+    tokenizer = CharTokenizer(characters)
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 500).astype(np.uint16)
+    assert tokenizer.decode_array(ids) == tokenizer.decode_bytes(ids.tolist())
+    assert tokenizer.decode_array(ids[:0]) == b""
+    with pytest.raises(ValueError, match="token 99 is outside the vocabulary"):
+        tokenizer.decode_array(np.array([0, 99]))
+    with pytest.raises(ValueError, match="token -1 is outside the vocabulary"):
+        tokenizer.decode_array(np.array([-1]))

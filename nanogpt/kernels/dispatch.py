@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OPERATIONS = ("attention", "ffn", "cross_entropy", "layer_norm")
 OLDEST_CAPABILITY = (8, 0)
+
+_T = TypeVar("_T")
 
 
 def unsupported(impl: str, device: torch.device | str = "cpu") -> str | None:
@@ -111,7 +113,17 @@ def _check_name(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable[..., _T]) -> Callable[..., _T]:
+    """torch.compile calls the function while it traces, and takes the result for a constant.
+
+    As torch.compiler.assume_constant_result, which would import the whole compiler for it: three
+    seconds at the start of every process.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def _no_triton(device: torch.device) -> str | None:
     """Why no Triton kernel can run on a device, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt.kernels.dispatch import differentiable_once
+from nanogpt.kernels.dispatch import constant_when_compiled, differentiable_once
 from nanogpt.kernels.launch_triton import (
     LOG2_E,
     Target,
@@ -170,7 +170,7 @@ def picks_triton(
     return seconds is not None and seconds[0] < seconds[1]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
