@@ -147,7 +147,8 @@ def _native_bytes(work: Workload, batch: int, with_gradients: bool) -> int:
     inputs = shape.n_layer if with_gradients else 1
     chunk = min(n, max(14, _NATIVE_LOGITS_BYTES // (_FLOAT * v)))
     weights = max(packed(4 * c, c), packed(c, 4 * c))
-    total = layers * layer + inputs * n * c * _FLOAT
+    dropped = (2 * shape.n_layer + 1) * n * c if shape.dropout and with_gradients else 0
+    total = dropped + layers * layer + inputs * n * c * _FLOAT
     total += n * c * (_FLOAT + p) + chunk * v * _FLOAT + weights + packed(c, v)
     if not with_gradients:
         return total + weights

@@ -30,8 +30,6 @@ def unfit(
         return f"the device is {device}"
     if compiled:
         return "--compile is torch's"
-    if shape.dropout:
-        return "it has no dropout"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
     if not native.available():
@@ -72,13 +70,23 @@ class NativeStep:
     def instruction_set(self) -> str:
         return self._step.instruction_set
 
-    def gradients(self, windows: np.ndarray, *, scale: float = 1.0, add: bool = False) -> float:
+    def gradients(
+        self, windows: np.ndarray, *, scale: float = 1.0, add: bool = False, dropout_seed: int = 0
+    ) -> float:
         """The mean loss in nats of windows (B, T + 1); gradients of scale times it are written.
 
         Args:
             add: they are added to what is there.
+            dropout_seed: 64 bits, of which what is dropped is a function.
         """
-        return self._step.gradients(windows, scale=scale, add=add)
+        return self._step.gradients(windows, scale=scale, add=add, dropout_seed=dropout_seed)
+
+    def dropout_masks(self) -> np.ndarray:
+        """What the last `gradients` kept (1) or dropped (0): (2 L + 1, N, C) uint8.
+
+        Of the embeddings, then of attention and feed-forward of each layer.
+        """
+        return self._step.dropout_masks()
 
     def loss(self, windows: np.ndarray) -> float:
         """The mean loss in nats of windows (B, T + 1)."""

@@ -179,7 +179,7 @@ def optimizer_step(
     for group in trainer.optimizer.param_groups:
         group["lr"] = plan.learning_rate(position.step) * group.get("rate", 1.0)
     if trainer.native is not None:
-        return _native_step(plan, trainer.optimizer, trainer.native, windows)
+        return _native_step(plan, trainer, trainer.native, windows)
     total = 0.0
     for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
         part = torch.from_numpy(windows[first : first + plan.micro_batch_size]).to(plan.device)
@@ -201,24 +201,31 @@ def optimizer_step(
 
 
 def _native_step(
-    plan: Plan, optimizer: torch.optim.Optimizer, native: NativeStep, windows: np.ndarray
+    plan: Plan, trainer: Trainer, native: NativeStep, windows: np.ndarray
 ) -> tuple[float, float]:
     total = 0.0
-    for first in range(0, len(windows), plan.micro_batch_size):
+    for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
         part = windows[first : first + plan.micro_batch_size]
         share = len(part) / len(windows)
-        total += native.gradients(part, scale=share, add=first > 0) * share
+        drawn = dropout_seed(plan.config.seed, trainer.position.step, index)
+        loss = native.gradients(part, scale=share, add=index > 0, dropout_seed=drawn)
+        total += loss * share
     grad_norm = native.gradient_norm()
     if math.isfinite(total) and math.isfinite(grad_norm):
         limit = plan.config.grad_clip or math.inf
-        native.update(optimizer, grad_scale=min(1.0, limit / (grad_norm + 1e-6)))
+        native.update(trainer.optimizer, grad_scale=min(1.0, limit / (grad_norm + 1e-6)))
     return total, grad_norm
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Dropout is a function of (seed, step, micro-batch), so that a resumed run repeats it."""
+    torch.manual_seed(dropout_seed(seed, step, micro_batch))
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """64 bits for the dropout of a micro-batch."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2)
-    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    return int(words[0]) << 32 | int(words[1])
 
 
 @torch.inference_mode()

@@ -271,7 +271,6 @@ def test_it_learns_what_torch_learns():
 def test_what_it_cannot_do_is_said():
     shape = GPTConfig(**SHAPES["plain"])
     assert unfit(shape, CPU, torch.float32) is None
-    assert unfit(GPTConfig(dropout=0.1), CPU, torch.float32) == "it has no dropout"
     assert unfit(shape, CPU, torch.float16) == "it has no float16"
     assert unfit(shape, torch.device("cuda"), torch.float32) == "the device is cuda"
     assert unfit(shape, CPU, torch.float32, compiled=True) == "--compile is torch's"
@@ -288,6 +287,50 @@ def test_the_engine_is_chosen_by_measurement_and_a_named_kernel_is_torchs():
     engine, dtype, why = choose_engine(shape, "auto", CPU, kernels="auto", compiled=False)
     assert dtype in (torch.float32, torch.bfloat16)
     assert "measured" in why or why == "the only one here"
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["biases, odd sizes", "rotary and normed"])
+def test_gradients_with_dropout_are_those_of_autograd_with_the_same_masks(
+    name, recompute, monkeypatch
+):
+    model = make_model(**SHAPES[name], dropout=0.3)
+    model.recompute = recompute
+    windows = windows_of(model, 3)
+    step = NativeStep(model, torch.float32, 2)
+    loss = step.gradients(windows, dropout_seed=2**63 + 5)
+    layers, width, block = (getattr(model.config, n) for n in ("n_layer", "n_embd", "block_size"))
+    masks = step.dropout_masks().reshape(2 * layers + 1, 3, block, width)
+    assert masks.mean() == pytest.approx(0.7, abs=0.01)
+    assert set(np.unique(masks)) == {0, 1}
+    left = iter(torch.from_numpy(masks / 0.7))
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: x * next(left))
+    exact_loss, exact = reference(model, windows)
+    assert next(left, None) is None
+    assert loss == pytest.approx(exact_loss, rel=1e-5)
+    assert worst(model, exact) < 2e-5
+
+
+def test_dropout_is_a_function_of_its_seed_and_of_nothing_else():
+    shape = SHAPES["plain"]
+    found = []
+    for threads, seed in ((1, 7), (3, 7), (2, 8)):
+        model = make_model(**shape, dropout=0.2)
+        step = NativeStep(model, torch.float32, threads)
+        loss = step.gradients(windows_of(model, 4), dropout_seed=seed)
+        found.append((loss, step.dropout_masks(), model.token_weight.grad.clone()))
+    (loss, masks, grad), (same, again, others), (_, different, _) = found
+    assert loss == same
+    assert np.array_equal(masks, again)
+    assert torch.equal(grad, others)
+    assert 0.6 < float((masks == different).mean()) < 0.75  # 0.8 * 0.8 + 0.2 * 0.2
+    plain = make_model(**shape)
+    without = NativeStep(plain, torch.float32, 1)
+    assert step.loss(windows_of(plain, 4)) == without.loss(windows_of(plain, 4))
+    assert without.dropout_masks().size == 0
 
 
 # Muon and the recipe.

@@ -10,6 +10,7 @@
 
 #include "engine/error.h"
 #include "engine/kernels.h"
+#include "engine/sampler.h"
 
 namespace nanogpt {
 
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int64_t kNormRows = 64;                   // whose sums are made by one thread
 constexpr int64_t kLogitBytes = int64_t{64} << 20;  // at a time
+constexpr uint32_t kDropoutStream = 3;              // of the random numbers of one seed
 constexpr int64_t kMostWidth = 1024;                // of a head
 
 struct Part {
@@ -71,7 +73,8 @@ struct TrainingStep::Job {
   int64_t batch, positions, rows;  // B, T, N = B T
   double scale;
   bool add, backward;
-  double loss = 0.0;
+  uint64_t dropout_seed;
+  bool drops;
   int64_t token(int64_t row) const {
     return windows[row / positions * (positions + 1) + row % positions];
   }
@@ -179,6 +182,9 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
       k.after = layout.bytes(4 * n * width * e);
     }
     s.last = layout.floats(n * width);
+    if (backward && shape_.dropout > 0.0f) {
+      s.kept = reinterpret_cast<uint8_t*>(layout.bytes((2 * c.n_layer + 1) * n * width));
+    }
     s.hidden = layout.bytes(n * width * e);
     s.last_stats = layout.floats(2 * n);
     s.losses = layout.floats(n);
@@ -222,19 +228,54 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
   space.bytes = bytes;
 }
 
+// Sixteen random bits decide a number: it is dropped where they are below the threshold.
+void TrainingStep::draw_masks(Job& job, int thread, int threads) {
+  const int64_t count = (2 * shape_.config.n_layer + 1) * job.rows * shape_.config.n_embd;
+  const auto threshold = static_cast<uint32_t>(std::lround(shape_.dropout * 65536.0f));
+  const Part part = part_of(count, 8, thread, threads);
+  for (int64_t i = part.first; i < part.last; i += 8) {
+    const uint64_t block = static_cast<uint64_t>(i / 8);
+    const std::array<uint32_t, 4> words = philox(
+        {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, kDropoutStream},
+        {static_cast<uint32_t>(job.dropout_seed), static_cast<uint32_t>(job.dropout_seed >> 32)});
+    const int64_t left = std::min<int64_t>(8, part.last - i);
+    for (int64_t j = 0; j < left; ++j) {
+      const uint32_t bits = words[static_cast<size_t>(j / 2)] >> (j % 2 * 16) & 0xffffu;
+      job.space.kept[i + j] = bits >= threshold ? 1 : 0;
+    }
+  }
+}
+
+std::vector<uint8_t> TrainingStep::dropout_masks() const {
+  const Workspace& s = spaces_[1];
+  if (s.kept == nullptr) return {};
+  const int64_t each = s.batch * s.positions * shape_.config.n_embd;
+  return std::vector<uint8_t>(s.kept, s.kept + (2 * shape_.config.n_layer + 1) * each);
+}
+
+// out = x + the branch in `dy`, of which mask number `mask` drops a part.
+void TrainingStep::add_branch(Job& job, int64_t mask, const float* x, float* out, int thread,
+                              int threads) {
+  const int64_t width = shape_.config.n_embd, all = job.rows * width;
+  const Part part = part_of(all, 64, thread, threads);
+  const float scale = 1.0f / (1.0f - shape_.dropout);
+  kernels_.drop(x ? x + part.first : nullptr, scale, job.space.kept + mask * all + part.first,
+                job.space.dy + part.first, part.last - part.first, out + part.first);
+}
+
 int64_t TrainingStep::workspace_bytes() const { return spaces_[0].bytes + spaces_[1].bytes; }
 
 double TrainingStep::gradients(const int64_t* windows, int64_t batch, int64_t positions,
-                               double scale, bool add) {
-  return run(windows, batch, positions, scale, add, true);
+                               double scale, bool add, uint64_t dropout_seed) {
+  return run(windows, batch, positions, scale, add, true, dropout_seed);
 }
 
 double TrainingStep::loss(const int64_t* windows, int64_t batch, int64_t positions) {
-  return run(windows, batch, positions, 1.0, false, false);
+  return run(windows, batch, positions, 1.0, false, false, 0);
 }
 
 double TrainingStep::run(const int64_t* windows, int64_t batch, int64_t positions, double scale,
-                         bool add, bool backward) {
+                         bool add, bool backward, uint64_t dropout_seed) {
   const Config& c = shape_.config;
   if (batch < 1 || positions < 1 || positions > c.block_size) {
     throw UsageError("windows of " + std::to_string(positions) +
@@ -248,7 +289,8 @@ double TrainingStep::run(const int64_t* windows, int64_t batch, int64_t position
   }
   Workspace& space = spaces_[backward ? 1 : 0];
   prepare(space, batch, positions, backward);
-  Job job{space, windows, batch, positions, batch * positions, scale, add, backward};
+  Job job{space, windows, batch,    positions,    batch * positions,
+          scale, add,     backward, dropout_seed, backward && shape_.dropout > 0.0f};
   struct Context {
     TrainingStep* self;
     Job* job;
@@ -372,7 +414,14 @@ void TrainingStep::forward(Job& job, int thread, int threads) {
   for (int64_t row = rows.first; row < rows.last; ++row) {
     const float* position =
         shape_.config.rotary ? nullptr : positions_.weight + row % job.positions * width;
-    kernels_.embed(tokens_.weight + job.token(row) * width, position, width, x + row * width);
+    kernels_.embed(tokens_.weight + job.token(row) * width, position, width,
+                   (job.drops ? s.dy : x) + row * width);
+  }
+  if (job.drops) {
+    draw_masks(job, thread, threads);
+    pool_.barrier(thread);
+    add_branch(job, 0, nullptr, x, thread, threads);
+    pool_.barrier(thread);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     float* next = i + 1 == layers_.size() ? s.last : s.layers[job.backward ? i + 1 : 0].x;
@@ -401,12 +450,23 @@ void TrainingStep::forward_layer(Job& job, size_t i, const float* x, float* next
   pool_.barrier(thread);
   heads(job, k, nullptr, thread, threads);
   pool_.barrier(thread);
-  multiply(job,
-           product_with(k.mixed, n, width, s.right, width, Finish::residual, k.middle,
-                        layer.projection.bias.weight, const_cast<float*>(x)),
-           thread, threads);
+  // A branch of which a part is dropped stands by itself first.
+  const auto branch = [&](const char* from, int64_t depth, const Linear& linear, const float* base,
+                          float* out) {
+    const bool drops = job.drops;
+    multiply(job,
+             product_with(from, n, depth, s.right, width, drops ? Finish::wide : Finish::residual,
+                          drops ? s.dy : out, linear.bias.weight, const_cast<float*>(base)),
+             thread, threads);
+  };
+  const auto mask = static_cast<int64_t>(2 * i + 1);
+  branch(k.mixed, width, layer.projection, x, k.middle);
   pack_weight(layer.up, true, s.left, thread, threads);
   pool_.barrier(thread);
+  if (job.drops) {
+    add_branch(job, mask, x, k.middle, thread, threads);
+    pool_.barrier(thread);
+  }
   norm_rows(job, layer.ln_2, k.middle, k.second, k.second_stats, thread, threads);
   pack_weight(layer.down, true, s.right, thread, threads);
   pool_.barrier(thread);
@@ -416,11 +476,12 @@ void TrainingStep::forward_layer(Job& job, size_t i, const float* x, float* next
            thread, threads);
   pool_.barrier(thread);
   if (next == nullptr) return;
-  multiply(job,
-           product_with(k.after, n, 4 * width, s.right, width, Finish::residual, next,
-                        layer.down.bias.weight, k.middle),
-           thread, threads);
+  branch(k.after, 4 * width, layer.down, k.middle, next);
   pool_.barrier(thread);
+  if (job.drops) {
+    add_branch(job, mask + 1, k.middle, next, thread, threads);
+    pool_.barrier(thread);
+  }
 }
 
 void TrainingStep::head(Job& job, int thread, int threads) {
@@ -462,10 +523,11 @@ void TrainingStep::head(Job& job, int thread, int threads) {
 }
 
 void TrainingStep::norm_backward_rows(Job& job, const Norm& norm, const float* x,
-                                      const float* stats, bool first, int which, int thread,
-                                      int threads) {
+                                      const float* stats, bool first, int which, int64_t mask,
+                                      int thread, int threads) {
   Workspace& s = job.space;
   const int64_t width = shape_.config.n_embd;
+  const float scale = 1.0f / (1.0f - shape_.dropout);
   const Part part = part_of(job.rows, kNormRows, thread, threads);
   for (int64_t row = part.first; row < part.last; row += kNormRows) {
     const int64_t rows = std::min(kNormRows, part.last - row);
@@ -474,6 +536,17 @@ void TrainingStep::norm_backward_rows(Job& job, const Norm& norm, const float* x
     kernels_.norm_backward(s.dy + row * width, x + row * width, stats + 2 * row, rows, width,
                            norm.weight.weight, first, s.grad + row * width,
                            s.narrow + row * width * kernels_.element_bytes, sums);
+    if (!job.drops) continue;
+    // The gradient to the branch that is dropped in part; `dy` of these rows has been read.
+    const int64_t first_number = row * width, count = rows * width;
+    kernels_.drop(nullptr, scale, s.kept + mask * job.rows * width + first_number,
+                  s.grad + first_number, count, s.dy + first_number);
+    if (mask == 0) {
+      std::memcpy(s.grad + first_number, s.dy + first_number, static_cast<size_t>(count) * 4);
+    } else {
+      kernels_.narrow(1.0f, s.dy + first_number, count,
+                      s.narrow + first_number * kernels_.element_bytes);
+    }
   }
 }
 
@@ -519,7 +592,8 @@ void TrainingStep::weight_gradient(Job& job, const Linear& linear, const char* g
 void TrainingStep::backward(Job& job, int thread, int threads) {
   Workspace& s = job.space;
   const int64_t width = shape_.config.n_embd;
-  norm_backward_rows(job, last_norm_, s.last, s.last_stats, true, 0, thread, threads);
+  norm_backward_rows(job, last_norm_, s.last, s.last_stats, true, 0, 2 * shape_.config.n_layer,
+                     thread, threads);
   for (size_t i = layers_.size(); i-- > 0;) backward_layer(job, i, thread, threads);
   // The embeddings; every thread has its columns of all rows.
   pool_.barrier(thread);
@@ -572,7 +646,9 @@ void TrainingStep::backward_layer(Job& job, size_t i, int thread, int threads) {
   multiply(job, product_with(s.wide, n, 4 * width, s.left, width, Finish::wide, s.dy), thread,
            threads);
   pool_.barrier(thread);
-  norm_backward_rows(job, layer.ln_2, k.middle, k.second_stats, false, 1, thread, threads);
+  const auto mask = static_cast<int64_t>(2 * i);  // of the branch before this layer
+  norm_backward_rows(job, layer.ln_2, k.middle, k.second_stats, false, 1, mask + 1, thread,
+                     threads);
   pack_rows(k.mixed, n, width, s.pair, thread, threads);
   pack_weight(layer.projection, false, s.left, thread, threads);
   pool_.barrier(thread);
@@ -589,7 +665,7 @@ void TrainingStep::backward_layer(Job& job, size_t i, int thread, int threads) {
   multiply(job, product_with(s.grad_qkv, n, 3 * width, s.left, width, Finish::wide, s.dy), thread,
            threads);
   pool_.barrier(thread);
-  norm_backward_rows(job, layer.ln_1, k.x, k.first_stats, false, 0, thread, threads);
+  norm_backward_rows(job, layer.ln_1, k.x, k.first_stats, false, 0, mask, thread, threads);
 }
 
 double TrainingStep::gradient_norm() {

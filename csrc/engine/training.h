@@ -40,6 +40,7 @@ struct MuonMatrix {
 
 struct TrainingShape {
   Config config;
+  float dropout = 0.0f;  // of the embeddings and of every branch before it is added
   float attention_scale = 0.0f;
 };
 
@@ -57,8 +58,9 @@ class TrainingStep {
   // Mean loss in nats of the targets of `batch` windows of `positions` + 1 ids, whose last
   // `positions` are the targets. Gradients of `scale` times the loss are written, or added to what
   // is there. Throws UsageError for an id outside the vocabulary.
-  double gradients(const int64_t* windows, int64_t batch, int64_t positions, double scale,
-                   bool add);
+  // With dropout, what is dropped is a function of `dropout_seed` and its place.
+  double gradients(const int64_t* windows, int64_t batch, int64_t positions, double scale, bool add,
+                   uint64_t dropout_seed);
   // The loss alone.
   double loss(const int64_t* windows, int64_t batch, int64_t positions);
 
@@ -72,6 +74,9 @@ class TrainingStep {
   // columns.
   void muon(const std::vector<MuonMatrix>& matrices, const Muon& by);
 
+  // What the last pass with gradients kept (1) or dropped (0): (2 L + 1, N, C), of the embeddings,
+  // then of each layer's two branches. Empty without dropout.
+  std::vector<uint8_t> dropout_masks() const;
   // What the passes so far have made room for.
   int64_t workspace_bytes() const;
   const char* instruction_set() const { return kernels_.name; }
@@ -111,7 +116,8 @@ class TrainingStep {
     float *last_stats = nullptr, *losses = nullptr, *logits = nullptr;
     int64_t chunk = 0;  // rows of logits at a time
     char *left = nullptr, *right = nullptr, *head = nullptr, *head_back = nullptr;  // packed
-    char* pair = nullptr;  // packed beside `right`
+    char* pair = nullptr;     // packed beside `right`
+    uint8_t* kept = nullptr;  // dropout's masks; see dropout_masks
     // Backward only.
     char *grad_logits = nullptr, *narrow = nullptr, *wide = nullptr, *grad_qkv = nullptr;
     float *grad = nullptr, *dy = nullptr, *sums[2] = {nullptr, nullptr};
@@ -124,7 +130,9 @@ class TrainingStep {
   Linear linear(const std::string& name, int64_t rows, int64_t cols) const;
   void prepare(Workspace& space, int64_t batch, int64_t positions, bool backward);
   double run(const int64_t* windows, int64_t batch, int64_t positions, double scale, bool add,
-             bool backward);
+             bool backward, uint64_t dropout_seed);
+  void draw_masks(Job& job, int thread, int threads);
+  void add_branch(Job& job, int64_t mask, const float* x, float* out, int thread, int threads);
   void forward(Job& job, int thread, int threads);
   void forward_layer(Job& job, size_t layer, const float* x, float* next, int thread, int threads);
   void head(Job& job, int thread, int threads);
@@ -133,7 +141,7 @@ class TrainingStep {
   void norm_rows(Job& job, const Norm& norm, const float* x, char* y, float* stats, int thread,
                  int threads);
   void norm_backward_rows(Job& job, const Norm& norm, const float* x, const float* stats,
-                          bool first, int which, int thread, int threads);
+                          bool first, int which, int64_t mask, int thread, int threads);
   void norm_sums(Job& job, const Norm& norm, int which, int thread, int threads);
   void bias_sums(Job& job, const Linear& linear, const char* x, int thread, int threads);
   void pack_weight(const Linear& linear, bool by_column, char* to, int thread, int threads);

@@ -98,6 +98,9 @@ struct TrainingKernels {
   void (*add)(const float* x, int64_t n, float* out);
   // out = a x + b y.
   void (*blend)(float a, const float* x, float b, const float* y, int64_t n, float* out);
+  // out = x + scale kept y, where kept is 0 or 1; x may be null, for zeros.
+  void (*drop)(const float* x, float scale, const uint8_t* kept, const float* y, int64_t n,
+               float* out);
   // out = element(scale x).
   void (*narrow)(float scale, const float* x, int64_t n, void* out);
   // The loss of one row of logits, which are overwritten; its gradient times `scale` as `width`

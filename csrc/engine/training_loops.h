@@ -540,6 +540,13 @@ void blend(float a, const float* x, float b, const float* y, int64_t count, floa
   });
 }
 
+void drop(const float* x, float scale, const uint8_t* kept, const float* y, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = scale * static_cast<float>(kept[i]) * y[i];
+    out[i] = x != nullptr ? x[i] + value : value;
+  }
+}
+
 template <class U>
 void narrow(float scale, const float* x, int64_t count, void* to) {
   typename U::T* out = static_cast<typename U::T*>(to);
@@ -936,6 +943,7 @@ constexpr TrainingKernels training_table(const char* name) {
       embed,
       add_floats,
       blend,
+      drop,
       narrow<U>,
       cross_entropy<U>,
       head_scratch<U>,

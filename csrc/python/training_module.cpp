@@ -53,6 +53,7 @@ TrainingShape shape_of(const py::dict& given) {
   shape.config.bias = flag("bias");
   shape.config.rotary = flag("rotary");
   shape.config.qk_norm = flag("qk_norm");
+  if (given.contains("dropout")) shape.dropout = given["dropout"].cast<float>();
   shape.attention_scale = given["attention_scale"].cast<float>();
   return shape;
 }
@@ -75,10 +76,10 @@ class Step {
         std::make_unique<nanogpt::TrainingStep>(shape_of(shape), trained, bf16, threads, recompute);
   }
 
-  double gradients(const Ids& windows, double scale, bool add) {
+  double gradients(const Ids& windows, double scale, bool add, uint64_t dropout_seed) {
     const auto [batch, positions] = size_of(windows);
     const int64_t* ids = windows.data();
-    return alone([&] { return step_->gradients(ids, batch, positions, scale, add); });
+    return alone([&] { return step_->gradients(ids, batch, positions, scale, add, dropout_seed); });
   }
 
   double loss(const Ids& windows) {
@@ -140,6 +141,10 @@ class Step {
     });
   }
 
+  py::array_t<uint8_t> dropout_masks() const {
+    const std::vector<uint8_t> masks = step_->dropout_masks();
+    return py::array_t<uint8_t>(static_cast<py::ssize_t>(masks.size()), masks.data());
+  }
   int64_t workspace_bytes() const { return step_->workspace_bytes(); }
   const char* instruction_set() const { return step_->instruction_set(); }
   int threads() const { return step_->threads(); }
@@ -197,8 +202,11 @@ void add_training(py::module_& module) {
       .def_property_readonly("workspace_bytes", &Step::workspace_bytes,
                              "What the passes so far have made room for.")
       .def("gradients", &Step::gradients, "windows"_a, py::kw_only(), "scale"_a = 1.0,
-           "add"_a = false,
-           "The mean loss in nats; gradients of scale times it are written, or added.")
+           "add"_a = false, "dropout_seed"_a = 0,
+           "The mean loss in nats; gradients of scale times it are written, or added.\n"
+           "With dropout, what is dropped is a function of the seed.")
+      .def("dropout_masks", &Step::dropout_masks,
+           "What the last gradients kept (1) or dropped (0): (2 L + 1, N, C) numbers in a row.")
       .def("loss", &Step::loss, "windows"_a, "The mean loss in nats.")
       .def("gradient_norm", &Step::gradient_norm, "Euclidean, of all gradients.")
       .def("adamw", &Step::adamw, "moments"_a, py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
