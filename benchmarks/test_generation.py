@@ -58,7 +58,7 @@ def test_generation(benchmark, record, ceilings, name, beyond):
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
 @pytest.mark.parametrize("name", BESIDE)
-def test_generation_beside_others(benchmark, record, ceilings, name, engine, request):
+def test_generation_beside_others(benchmark, record, ceilings, nanogpt_if_any, name, engine):
     """One text, sampled alike: nanoGPT, which has no cache, and transformers with its cache.
 
     `torch` is what GPT.generate runs without being asked; `native` is what `sample` picks.
@@ -70,10 +70,9 @@ def test_generation_beside_others(benchmark, record, ceilings, name, engine, req
         pytest.skip(reason)
     prompt = torch.randint(60, (1, 16))
     peers = {}
-    if request.config.getoption("--peer-dir"):
-        nanogpt_peer = request.getfixturevalue("nanogpt_peer")
-        config = nanogpt_peer.GPTConfig(**{"bias": False, **shape}, dropout=0.0)
-        peers["nanoGPT"] = partial(nanogpt_peer.GPT(config).eval().generate, prompt, count)
+    if nanogpt_if_any is not None:
+        config = nanogpt_if_any.GPTConfig(**{"bias": False, **shape}, dropout=0.0)
+        peers["nanoGPT"] = partial(nanogpt_if_any.GPT(config).eval().generate, prompt, count)
     if importlib.util.find_spec("transformers") is not None:
         peers["transformers, with its cache"] = writer_of_transformers(shape, prompt, count)
     if not peers:
