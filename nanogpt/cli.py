@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Sequence
@@ -37,8 +38,18 @@ _MOST_BITS = 64  # of a whole number: seeds have that many
 _LONGEST_SHOWN = 100
 
 
+_began: float | None = None
+
+
+def seconds_since_start() -> float:
+    """How long the command runs already, the imports of what it needs included."""
+    return 0.0 if _began is None else time.monotonic() - _began
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nanogpt COMMAND …` and return the exit code."""
+    global _began
+    _began = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, machine
+from nanogpt.cli import seconds_since_start
 from nanogpt.config import TrainConfig, shape_from_flags
 from nanogpt.data import Corpus, gather, prepare
 from nanogpt.decoding import generate
@@ -154,7 +155,7 @@ def _train(
     train_tokens, val_tokens = corpus.split(config.val_fraction)
     model: Callable[..., Any] = torch.compile(trainer.model) if config.compile else trainer.model
     trainer.model.train()
-    earlier_seconds, started = position.seconds, time.monotonic()
+    earlier_seconds = position.seconds
     failures = 0
     bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
     sizes = MicroBatches(plan, folder, partial(_tell, folder, bar))
@@ -184,7 +185,7 @@ def _train(
             row = _metrics_row(plan, position)
             if evaluate_now:
                 row |= _evaluate_and_judge(plan, trainer, val_tokens, row, folder, bar)
-            position.seconds = earlier_seconds + time.monotonic() - started
+            position.seconds = earlier_seconds + seconds_since_start()
             row["seconds"] = round(position.seconds, 3)
             folder.append("metrics.jsonl", row)
             reporter.scalars(row)
@@ -192,7 +193,7 @@ def _train(
                 _write_sample(plan, trainer, folder, reporter)
                 _save_checkpoint(trainer, saver)
                 _show_so_far(reporter, position, bar)
-        position.seconds = earlier_seconds + time.monotonic() - started
+        position.seconds = earlier_seconds + seconds_since_start()
         if received and not position.finished:
             name = signal.Signals(received[0]).name
             _event(

@@ -634,3 +634,15 @@ def test_tinyshakespeare_reaches_nanogpts_loss(nanogpt, data_folder, tmp_path, m
         "--batch-size", 12, "--max-steps", 2000, "--json",
     )  # fmt: skip
     assert json.loads(outcome.out)["val_loss"] <= 1.8982
+
+
+def test_the_seconds_of_metrics_count_from_the_start_of_the_process(train, text_file, monkeypatch):
+    real = train_module.prepare
+
+    def slowly(*arguments, **options):
+        time.sleep(0.7)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train_module, "prepare", slowly)
+    train("--text", text_file, "--max-steps", 2, "--run-dir", "run")
+    assert rows("run")[0]["seconds"] > 0.7
