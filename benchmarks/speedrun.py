@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from recording import RESULTS, device_name, slug, write_checks  # noqa: E402
 
-RECIPE = "standard"
+RECIPE = "speed"
 LENGTHS: dict[str, dict[str, Any]] = {
     "full": {
-        "train": {"--max-steps": 900, "--batch-size": 32},
+        "train": {"--epochs": 1},
         "align": {"--rounds": 2, "--num-generations": 512, "--max-completion-length": 96},
         "write": {"--max-new-tokens": 500},
     },

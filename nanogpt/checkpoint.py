@@ -12,6 +12,7 @@ import errno
 import fcntl
 import glob
 import io
+import mmap
 import os
 import pickletools
 import re
@@ -76,7 +77,10 @@ def _ask_for_memory(n_bytes: int) -> None:
     The library of safetensors, which takes as much, ends the process where it cannot, or stops it
     for ever.
     """
-    bytearray(n_bytes)
+    try:
+        mmap.mmap(-1, n_bytes).close()  # nothing of it is touched
+    except (OSError, ValueError) as error:
+        raise MemoryError(f"{n_bytes:,} bytes cannot be had") from error
 
 
 def snapshot(model: GPT, *, copy: bool = True) -> Snapshot:

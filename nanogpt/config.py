@@ -27,6 +27,7 @@ def option(
     maximum: float | None = None,
     auto: str | None = None,
     identity: bool = True,
+    since: int = 1,
     metavar: str | None = None,
 ) -> Any:
     """A field of a command's configuration.
@@ -39,6 +40,7 @@ def option(
         minimum, above, below, maximum: inclusive and exclusive limits of a number.
         auto: what None means, shown as the default.
         identity: whether another value makes another run (False: where it runs or reports).
+        since: of flags that came later the default makes the same run as none did before.
         metavar: the placeholder in --help.
     """
     return field(
@@ -53,6 +55,7 @@ def option(
             "maximum": maximum,
             "auto": auto,
             "identity": identity,
+            "since": since,
             "metavar": metavar,
         },
     )
@@ -205,12 +208,14 @@ class ShapeFlags:
         "positions turn queries and keys, instead of being embeddings that are learned",
         group="model",
         auto="the preset's",
+        since=2,
     )
     qk_norm: bool | None = option(
         None,
         "queries and keys of every head are divided by their root mean square",
         group="model",
         auto="the preset's",
+        since=2,
     )
     init: str | None = option(
         None,

@@ -51,6 +51,8 @@ class Workload:
         kernels: the implementation of each operation; what is not named is torch's.
         recompute: whether blocks are computed once more in backward.
         engine: "torch" or "native".
+        threads: of the native engine, each with a scratch.
+        muon: whether Muon updates matrices, which takes a scratch too.
     """
 
     shape: GPTConfig
@@ -61,6 +63,8 @@ class Workload:
     kernels: Mapping[str, str] | None = None
     recompute: bool = False
     engine: str = "torch"
+    threads: int = 1
+    muon: bool = False
 
     def picked(self, operation: str) -> str:
         """The implementation of an operation."""
@@ -111,6 +115,10 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
     if work.engine == "native":
         holes = 1.0
         kept = _native_bytes(work, work.batch, with_gradients=True)
+        kept += 2 * work.threads * _head_scratch(work)  # of steps and of evaluations
+        if work.muon:
+            width, p = work.shape.n_embd, work.product_bytes
+            kept += work.threads * width * width * (10 * _FLOAT + 9 * p)
         step = kept + weights
         batch = evaluation_batch(work.shape, work.device)
         evaluation = step + _native_bytes(work, batch, with_gradients=False)
@@ -132,6 +140,18 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
 
 _NATIVE_PANEL = 32
 _NATIVE_LOGITS_BYTES = 2**26
+
+
+def _head_scratch(work: Workload) -> int:
+    """Of one thread of the native engine: attention's, or a packed operand's of products."""
+    shape, p = work.shape, work.product_bytes
+    width, block = shape.n_embd // shape.n_head, shape.block_size
+    queries = min(block, 64)
+    columns = -(-width // _NATIVE_PANEL) * _NATIVE_PANEL
+    keys = -(-block // _NATIVE_PANEL) * _NATIVE_PANEL
+    packed = 2 * keys * width * p + 2 * block * columns * p + 2 * queries * columns * p
+    scores = queries * block * (2 * p + 2 * _FLOAT)
+    return packed + scores + block * width * (2 * p + 2 * _FLOAT) + 500_000
 
 
 def _native_bytes(work: Workload, batch: int, with_gradients: bool) -> int:

@@ -52,6 +52,12 @@ def describe() -> str:
     return f"{module.__version__}, {module.instruction_set()}, up to {module.usable_cpus()} threads"
 
 
+def instruction_set() -> str:
+    """The engine's instruction set; needs `available()`."""
+    name: str = _load()[0].instruction_set()
+    return name
+
+
 def compiler() -> str | None:
     """The C++ compiler that a build would take, or None."""
     named = os.environ.get("CXX", "").split()
@@ -143,6 +149,12 @@ def training_step(
         _training_shape(shape), parameters, bf16=bf16, threads=threads, recompute=recompute
     )
     return made
+
+
+def training_instruction_set(*, bf16: bool) -> str:
+    """The instruction set of the compiled training step; needs `available()`."""
+    name: str = _load()[0].TrainingStep.instruction_set_of(bf16=bf16)
+    return name
 
 
 def training_unfit(shape: "GPTConfig", *, bf16: bool) -> str:

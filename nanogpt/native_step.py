@@ -50,16 +50,16 @@ class NativeStep:
 
     def __init__(self, model: GPT, dtype: torch.dtype, threads: int) -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        for parameter in self._names:
-            parameter.grad = torch.zeros_like(parameter)
+        self._grads = {parameter: torch.zeros_like(parameter) for parameter in self._names}
+        self._places = [parameter.data_ptr() for parameter in self._names]
+        self._own_gradients()
         self._step = native.training_step(
             model.config,
-            {name: (numbers(p), numbers(p.grad)) for p, name in self._names.items()},
+            {name: (numbers(p), numbers(self._grads[p])) for p, name in self._names.items()},
             bf16=dtype == torch.bfloat16,
             threads=threads,
             recompute=model.recompute,
         )
-        self._states: dict[int, dict[str, Any]] = {}
 
     @property
     def workspace_bytes(self) -> int:
@@ -79,6 +79,7 @@ class NativeStep:
             add: they are added to what is there.
             dropout_seed: 64 bits, of which what is dropped is a function.
         """
+        self._own_gradients()
         return self._step.gradients(windows, scale=scale, add=add, dropout_seed=dropout_seed)
 
     def dropout_masks(self) -> np.ndarray:
@@ -102,10 +103,8 @@ class NativeStep:
         Args:
             grad_scale: the gradients count so much.
         """
-        for index, group in enumerate(optimizer.param_groups):
-            arrays = self._states.get(index)
-            if arrays is None:
-                arrays = self._states[index] = self._arrays(optimizer, group)
+        for group in optimizer.param_groups:
+            arrays = self._arrays(optimizer, group)
             if "parts" in group:
                 self._step.muon(
                     arrays,
@@ -116,7 +115,6 @@ class NativeStep:
                 )
             elif arrays:
                 steps = [optimizer.state[p]["step"] for p in group["params"]]
-                torch._foreach_add_(steps, 1)
                 self._step.adamw(
                     arrays,
                     lr=group["lr"],
@@ -124,11 +122,22 @@ class NativeStep:
                     beta2=group["betas"][1],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    count=int(steps[0]),
+                    count=int(steps[0]) + 1,
                     grad_scale=grad_scale,
                 )
+                torch._foreach_add_(steps, 1)
         # Torch counts changes of a tensor, and others ask it; these it has not seen.
         torch.autograd.graph.increment_version(list(self._names))
+
+    def _own_gradients(self) -> None:
+        """The parameters' `grad` are what the engine writes, whatever has become of them since.
+
+        Raises: RuntimeError where a parameter no longer lies where the engine knows it.
+        """
+        if [parameter.data_ptr() for parameter in self._names] != self._places:
+            raise RuntimeError("the model's parameters have moved: bind a new NativeStep to it")
+        for parameter, grad in self._grads.items():
+            parameter.grad = grad
 
     def _arrays(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's state of a group by the parameters' names, shared."""
@@ -169,6 +178,8 @@ def choose_engine(
     if not native_dtypes:
         return None
     candidates = [("native", dtype) for dtype in native_dtypes]
+    if native.instruction_set() in ("scalar", "neon") and torch.float32 in dtypes:
+        candidates.append(("torch", torch.float32))  # which has libraries for such processors
     if machine.has_matrix_tiles() and torch.bfloat16 in dtypes:
         candidates.append(("torch", torch.bfloat16))
     if len(candidates) == 1:

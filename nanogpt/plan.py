@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanogpt import machine, memory, metadata
+from nanogpt import machine, memory, metadata, native
 from nanogpt.config import (
     PRESETS,
     SHAPE_FLAGS,
@@ -111,6 +111,8 @@ def make_plan(
             "--compile needs a C++ compiler (g++) on a CPU: install one or leave it out"
         )
     train_tokens, val_tokens = corpus.split(config.val_fraction)
+    if config.batch_size is None:  # with --init the recipe waits for the model's context
+        config = replace(config, batch_size=RECIPES[config.recipe].sequences(shape.block_size))
     assert config.batch_size is not None
     order = BatchOrder(len(train_tokens), shape.block_size, config.batch_size, config.seed)
     total = _total_steps(config, order.steps_per_epoch)
@@ -201,6 +203,7 @@ def make_identity(
         entry.name: flags[entry.name]
         for entry in fields(config)
         if entry.metadata["identity"] and entry.name not in (*without, "init")
+        if entry.metadata["since"] == 1 or flags[entry.name] != entry.default
     }
     start = None
     if initial is not None:
@@ -229,9 +232,11 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None
             if name not in known:
                 return f"its {name.removesuffix(' (SHA-256)')} differs"
             flag = f"its --{name.replace('_', '-')}"
-            if here is missing or here is None:
-                return f"{flag} is {there}, and here it is not set"
-            there_text = "not set" if there is missing or there is None else there
+            unset = (missing, None)
+            if here in unset:
+                there_text = "unknown" if there in unset else there
+                return f"{flag} is {there_text}, and here it is not set"
+            there_text = "not set" if there in unset else there
             return f"{flag} is {there_text}, not {here}"
     return None
 
@@ -330,9 +335,8 @@ def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str,
     Returns: the plan with both, and what the run directory keeps of them.
     """
     config, device = plan.config, plan.device
-    earlier = (begun.read_identity() or {}).get("step") if begun else None
-    if begun is not None and not isinstance(earlier, dict):
-        earlier = {"engine": "torch", "dtype": str(plan.dtype).removeprefix("torch.")}
+    earlier = _earlier_step(plan, begun)
+    isa = ""
     if earlier is not None:
         engine, dtype, why = (
             earlier["engine"],
@@ -342,6 +346,7 @@ def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str,
         reason = unfit(plan.shape, device, dtype, compiled=config.compile)
         if engine == "native" and reason is not None:
             engine, why = "torch", f"the native engine began this run and cannot go on: {reason}"
+        isa = earlier.get("instruction_set", "")
     else:
         found = choose_engine(
             plan.shape, config.dtype, device, kernels=config.kernels, compiled=config.compile
@@ -350,8 +355,28 @@ def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str,
     name = str(dtype).removeprefix("torch.")
     if why:
         plan.choices["dtype"] = f"{name} ({why})"
-    plan.choices["steps"] = "torch" if engine == "torch" else f"native engine, {name}"
-    return replace(plan, engine=engine, dtype=dtype), {"engine": engine, "dtype": name}
+    kept = {"engine": engine, "dtype": name, "device": device.type}
+    steps = "torch"
+    if engine == "native":
+        kept["instruction_set"] = native.training_instruction_set(bf16=dtype == torch.bfloat16)
+        steps = f"native engine, {name}, {kept['instruction_set']}"
+        if isa and isa != kept["instruction_set"]:
+            steps += f" (this run began with {isa}: the last bits of its results may change here)"
+    plan.choices["steps"] = steps
+    return replace(plan, engine=engine, dtype=dtype), kept
+
+
+def _earlier_step(plan: Plan, begun: RunDirectory | None) -> dict[str, str] | None:
+    """What a run that goes on has kept of its choice for this kind of device, or None."""
+    if begun is None:
+        return None
+    kept = (begun.read_identity() or {}).get("step")
+    if kept is None:  # a run of the first version
+        return {"engine": "torch", "dtype": str(plan.dtype).removeprefix("torch.")}
+    known = isinstance(kept, dict) and kept.get("dtype") in machine.DTYPES
+    if not known or kept.get("engine") not in ("native", "torch"):
+        return None
+    return kept if kept.get("device", plan.device.type) == plan.device.type else None
 
 
 def forecast_memory(plan: Plan, kernels: Mapping[str, str]) -> memory.Forecast:
@@ -375,6 +400,8 @@ def memory_workload(plan: Plan, kernels: Mapping[str, str]) -> memory.Workload:
         kernels=kernels,
         recompute=plan.config.recompute,
         engine=plan.engine,
+        threads=torch.get_num_threads(),
+        muon=plan.recipe.muon,
     )
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanogpt.config import TrainConfig, default_learning_rate
+from nanogpt.config import TrainConfig, default_learning_rate, shape_from_flags
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Recipe:
     decay: float | None = None
     least: float = 0.1
     evaluations: int = 10
+
+    def sequences(self, block_size: int) -> int:
+        """Of an optimizer step, where --batch-size is not given."""
+        return max(1, round(self.batch_tokens / block_size)) if self.batch_tokens else 64
 
     def learning_rate(self, n_embd: int) -> float:
         """Of AdamW, at the peak."""
@@ -70,7 +74,10 @@ MUON_MOMENTUM = 0.9
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The configuration with what its recipe says in place of flags that were not given."""
+    """The configuration with what its recipe says in place of flags that were not given.
+
+    With --init the batch stays open, since it depends on the model's context.
+    """
     recipe = RECIPES[config.recipe]
     found: dict[str, Any] = {}
     if config.init is None:
@@ -79,13 +86,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
             found["block_size"] = recipe.tiny_block_size
     if config.max_steps is None and config.epochs is None:
         found["max_steps"] = recipe.max_steps
-    if config.batch_size is None:
-        found["batch_size"] = 64
-        if recipe.batch_tokens:
-            from nanogpt.config import shape_from_flags
-
-            block = shape_from_flags(replace(config, **found), vocab_size=257).block_size
-            found["batch_size"] = max(1, round(recipe.batch_tokens / block))
+    if config.batch_size is None and config.init is None:
+        block = shape_from_flags(replace(config, **found), vocab_size=257).block_size
+        found["batch_size"] = recipe.sequences(block)
     return replace(config, **found)
 
 

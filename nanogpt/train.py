@@ -90,7 +90,7 @@ def run(config: TrainConfig) -> int:
         )
         plan = make_plan(config, corpus, initial, device, dtype, choices)
         identity = make_identity(
-            config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
+            plan.config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
         )
         path = run_path(config, corpus.name, plan.shape, identity)
         with RunDirectory(path, warn=_say) as folder:
@@ -123,7 +123,8 @@ def run(config: TrainConfig) -> int:
                 }
                 folder.begin(content, flags_as_text(config))
             else:
-                keep_threads(config.threads, folder, choices)
+                if plan.engine != "native":  # whose results do not depend on them
+                    keep_threads(config.threads, folder, choices)
                 folder.cut_journals(start.state["journals"])
             reporter = Reporter(plan, corpus, folder, machine.versions())
             memory = forecast_memory(plan, picked)

@@ -1,5 +1,7 @@
 """The native engine's training step: its gradients are the model's, its optimizers are torch's."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -420,3 +422,108 @@ def test_recomputation_takes_less_memory_and_gives_the_same(dtype):
     assert loss == again
     assert all(map(torch.equal, grads, others))
     assert less < 0.6 * most
+
+
+# What a review found.
+
+
+def test_a_step_follows_the_optimizer_that_it_is_given():
+    """Also after load_state_dict, which replaces the moments."""
+    model = make_model(**SHAPES["plain"])
+    step = NativeStep(model, torch.float32, 1)
+    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.99))
+    step.gradients(windows_of(model, 2))
+    step.update(optimizer)
+
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = optimizer.state[model.token_weight]["exp_avg"].clone()
+    step.gradients(windows_of(model, 2, seed=1))
+    step.update(optimizer)
+    state = optimizer.state[model.token_weight]
+    assert float(state["step"]) == 2
+    assert not torch.equal(before, state["exp_avg"])
+    other = make_optimizer(model, 1e-2, 0.1, (0.9, 0.99))
+    step.update(other)
+    assert float(other.state[model.token_weight]["step"]) == 1
+
+
+def test_gradients_that_were_taken_away_come_back_and_weights_that_moved_are_refused():
+    model = make_model(**SHAPES["plain"])
+    step = NativeStep(model, torch.float32, 1)
+    step.gradients(windows_of(model, 2))
+    grad = model.token_weight.grad.clone()
+    for parameter in model.parameters():
+        parameter.grad = None
+    step.gradients(windows_of(model, 2))
+    assert torch.equal(model.token_weight.grad, grad)
+    model.token_weight.data = model.token_weight.data.clone()
+    with pytest.raises(RuntimeError, match="have moved"):
+        step.gradients(windows_of(model, 2))
+
+
+def test_a_bad_moment_changes_no_weight():
+    model = make_model(**SHAPES["plain"])
+    step = NativeStep(model, torch.float32, 1)
+    step.gradients(windows_of(model, 2))
+    names = dict(model.named_parameters())
+    moments = {n: (torch.zeros_like(p).numpy(), torch.zeros_like(p).numpy())
+               for n, p in names.items()}  # fmt: skip
+    last = list(names)[-1]
+    moments[last] = (moments[last][0], moments[last][1][:3])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UsageError, match=r"the second moment of transformer\.ln_f"):
+        step._step.adamw(moments, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, count=1)
+    assert all(map(torch.equal, before, (p.detach() for p in model.parameters())))
+
+
+def test_passes_of_changing_sizes_share_one_room():
+    model = make_model(**SHAPES["plain"])
+    step = NativeStep(model, torch.float32, 1)
+    first = step.gradients(windows_of(model, 6))
+    room = step.workspace_bytes
+    exact = reference(model, windows_of(model, 2, positions=5))[1]
+    step.gradients(windows_of(model, 2, positions=5))
+    assert worst(model, exact) < 5e-6
+    assert step.gradients(windows_of(model, 6)) == first
+    assert step.workspace_bytes == room
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 33])
+@pytest.mark.parametrize("positions", [1, 65])
+def test_the_smallest_sizes(vocabulary, positions):
+    model = make_model(
+        vocab_size=vocabulary, block_size=66, n_layer=1, n_head=2, n_embd=4, bias=True
+    )
+    for batch in (1, 3):
+        windows = windows_of(model, batch, positions)
+        loss = NativeStep(model, torch.float32, 7).gradients(windows)
+        exact_loss, exact = reference(model, windows)
+        assert loss == pytest.approx(exact_loss, rel=1e-5, abs=1e-7)
+        for name, parameter in model.named_parameters():
+            want = exact[name] if exact[name] is not None else torch.zeros_like(parameter)
+            torch.testing.assert_close(parameter.grad.double(), want, rtol=1e-3, atol=1e-5)
+
+
+def test_shapes_that_are_none_are_refused():
+    good = {**SHAPES["plain"], "attention_scale": 1.0}
+    assert native._load()[0].TrainingStep.unfit(good, bf16=False) == ""
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        with pytest.raises(UsageError, match=f"{name} must be 1 or more"):
+            native._load()[0].TrainingStep.unfit({**good, name: 0}, bf16=False)
+    with pytest.raises(UsageError, match="not a multiple"):
+        native._load()[0].TrainingStep.unfit({**good, "n_head": 3}, bf16=False)
+
+
+def test_where_the_engine_is_slow_torch_is_asked_too(monkeypatch):
+    monkeypatch.setenv("NANOGPT_ISA", "scalar")
+    shape = GPTConfig(vocab_size=65, block_size=64, n_layer=1, n_head=2, n_embd=128)
+    engine, dtype, why = choose_engine(shape, "auto", CPU, kernels="auto", compiled=False)
+    assert (engine, dtype) == ("torch", torch.float32)
+    assert "as fast as native float32" in why
+
+
+def test_with_init_the_recipes_batch_waits_for_the_models_context():
+    config = TrainConfig(recipe="speed", init="model.pth", n_head=5)
+    assert resolve(config).batch_size is None
+    assert RECIPES["speed"].sequences(64) == 12
+    assert RECIPES["standard"].sequences(64) == 64

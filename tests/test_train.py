@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(train, text_file, monkeypa
         return real(plan, trainer, model, windows)
 
     monkeypatch.setattr(train_module, "optimizer_step", stepping)
-    flags = ("--text", text_file, "--max-steps", 6, "--run-dir", "run")
+    flags = ("--text", text_file, "--max-steps", 6, "--run-dir", "run", "--kernels", "torch")
     torch.set_num_threads(2)
     assert train(*flags).code == 143
     torch.set_num_threads(1)
@@ -155,7 +155,17 @@ def test_a_run_goes_on_with_the_threads_it_began_with(train, text_file, monkeypa
     assert used == [2] * 6
 
 
-@pytest.mark.parametrize("extra", [(), ("--dropout", 0.2, "--micro-batch-size", 4)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--dropout", 0.2, "--micro-batch-size", 4),
+        ("--kernels", "torch", "--dropout", 0.2, "--micro-batch-size", 4),
+        ("--dtype", "float32", "--recompute"),
+        ("--recipe", "speed", "--bias"),
+        ("--recipe", "speed", "--kernels", "torch"),
+    ],
+)
 def test_an_interrupted_run_goes_on_to_bit_identical_weights(train, text_file, monkeypatch, extra):
     common = ("--text", text_file, "--max-steps", 20, "--eval-interval", 6, *extra)
     assert train(*common, "--output", "whole.pth", "--run-dir", "whole").code == 0
@@ -470,6 +480,7 @@ def test_the_first_difference_of_two_runs_is_named():
     assert first_difference({"seed": 1}, {"seed": 1}) is None
     assert first_difference({"seed": 1}, {"seed": 2}) == "its --seed is 1, not 2"
     assert first_difference({}, {"seed": 2}) == "its --seed is not set, not 2"
+    assert first_difference({}, {"seed": None}) == "its --seed is unknown, and here it is not set"
     assert first_difference({"text (SHA-256)": "a"}, {"text (SHA-256)": "b"}) == "its text differs"
 
 
@@ -646,3 +657,50 @@ def test_the_seconds_of_metrics_count_from_the_start_of_the_process(train, text_
     monkeypatch.setattr(train_module, "prepare", slowly)
     train("--text", text_file, "--max-steps", 2, "--run-dir", "run")
     assert rows("run")[0]["seconds"] > 0.7
+
+
+def test_runs_from_before_a_flag_existed_go_on(train, text_file, monkeypatch):
+    """Their identity lacks it, which means its default; and torch computed their steps."""
+    interrupted = {"--max-steps": 8, "--eval-interval": 4, "--run-dir": "run"}
+    flags = ("--text", text_file, *(word for pair in interrupted.items() for word in pair))
+    real = train_module.optimizer_step
+
+    def stepping(plan, trainer, model, windows):
+        if trainer.position.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(plan, trainer, model, windows)
+
+    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    assert train(*flags, "--kernels", "torch").code == 143
+    monkeypatch.setattr(train_module, "optimizer_step", real)
+    kept = json.loads(Path("run/run.json").read_text())
+    assert not {"rotary", "qk_norm"} & kept["identity"].keys()
+    outcome = train(*flags, "--kernels", "torch", "--rotary")
+    assert (outcome.code, "its --rotary is not set, not True" in outcome.err) == (2, True)
+    assert train(*flags, "--kernels", "torch").code == 0
+
+
+def test_a_run_that_goes_on_keeps_who_computes_its_steps(train, text_file, monkeypatch):
+    flags = ("--text", text_file, "--max-steps", 6, "--eval-interval", 2, "--run-dir", "run")
+    real = train_module.optimizer_step
+
+    def stepping(plan, trainer, model, windows):
+        if trainer.position.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(plan, trainer, model, windows)
+
+    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    assert train(*flags).code == 143
+    monkeypatch.setattr(train_module, "optimizer_step", real)
+    kept = json.loads(Path("run/run.json").read_text())["step"]
+    assert kept["engine"] == ("native" if native.available() else "torch")
+    if not native.available():
+        return
+    assert kept["device"] == "cpu"
+    monkeypatch.setenv("NANOGPT_ISA", "scalar")
+    outcome = train(*flags)
+    assert outcome.code == 0
+    if kept["dtype"] == "bfloat16":
+        assert "the native engine began this run and cannot go on" in outcome.err
+    else:
+        assert f"this run began with {kept['instruction_set']}" in outcome.err

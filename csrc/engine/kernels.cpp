@@ -49,18 +49,29 @@ bool has_avx512() {
 
 }  // namespace
 
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "avx512_bf16") return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512") return has_avx512();
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+  if (name == "neon") return true;
+#endif
+  return name == "scalar";
+}
+
 const Kernels& choose_kernels() {
   const char* named = std::getenv("NANOGPT_ISA");
   const std::string wanted = named ? named : "";
 #if defined(__x86_64__)
-  const bool pairs = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  const bool pairs = runs_here("avx512_bf16");
   static const bool faster = pairs && pairs_are_faster();
 #endif
   const Candidate candidates[] = {
 #if defined(__x86_64__)
       {&kAvx512Bf16Kernels, pairs, faster},
-      {&kAvx512Kernels, has_avx512()},
-      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kAvx512Kernels, runs_here("avx512")},
+      {&kAvx2Kernels, runs_here("avx2")},
 #elif defined(__aarch64__)
       {&kNeonKernels, true},
 #endif

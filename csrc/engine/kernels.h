@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace nanogpt {
 
@@ -117,5 +118,8 @@ extern const Kernels kNeonKernels;
 // one named by NANOGPT_ISA (scalar, avx2, avx512, avx512_bf16, neon). Throws UsageError where that
 // is unknown or does not run here.
 const Kernels& choose_kernels();
+
+// Whether this CPU has the instructions of the set of that name.
+bool runs_here(const std::string& name);
 
 }  // namespace nanogpt

@@ -17,6 +17,7 @@ namespace nanogpt {
 namespace {
 
 constexpr int64_t kNormRows = 64;                   // whose sums are made by one thread
+constexpr int64_t kLogitRows = 256;                 // at least
 constexpr int64_t kLogitBytes = int64_t{64} << 20;  // at a time
 constexpr uint32_t kDropoutStream = 3;              // of the random numbers of one seed
 constexpr int64_t kMostWidth = 1024;                // of a head
@@ -54,15 +55,17 @@ class Layout {
 }  // namespace
 
 const TrainingKernels* training_kernels(bool bf16) {
-  const std::string name = choose_kernels().name;
+  // What NANOGPT_ISA names, or the widest set that runs; which precision is worth its while is
+  // measured by who asks.
+  const char* named = std::getenv("NANOGPT_ISA");
+  const std::string only = named && *named ? choose_kernels().name : "";
+  const auto may = [&](const char* name) { return only.empty() ? runs_here(name) : only == name; };
 #if defined(__x86_64__)
-  if (name == "avx512_bf16") return bf16 ? &kAvx512Bf16Training : &kAvx512Training;
-  if (bf16) return nullptr;
-  if (name == "avx512") return &kAvx512Training;
-  if (name == "avx2") return &kAvx2Training;
+  if (bf16) return may("avx512_bf16") ? &kAvx512Bf16Training : nullptr;
+  if (may("avx512") || may("avx512_bf16")) return &kAvx512Training;
+  if (may("avx2")) return &kAvx2Training;
 #elif defined(__aarch64__)
-  if (bf16) return nullptr;
-  if (name == "neon") return &kNeonTraining;
+  if (!bf16 && may("neon")) return &kNeonTraining;
 #endif
   return bf16 ? nullptr : &kScalarTraining;
 }
@@ -188,7 +191,8 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
     s.hidden = layout.bytes(n * width * e);
     s.last_stats = layout.floats(2 * n);
     s.losses = layout.floats(n);
-    s.chunk = std::clamp<int64_t>(kLogitBytes / (4 * c.vocab_size), kernels_.tile_rows, n);
+    // Fewer rows would read and write the embedding's gradient too often.
+    s.chunk = std::max(kLogitBytes / (4 * c.vocab_size), kLogitRows);
     s.chunk = std::min(n, up_to(s.chunk, 2));
     s.logits = layout.floats(s.chunk * c.vocab_size);
     // The widest of a layer's packed matrices: weights by either side, activations by tokens.
@@ -217,15 +221,17 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
     return layout.used();
   };
   space.batch = 0;
-  space.memory.reset();
-  const int64_t bytes = lay_out(space, nullptr);
-  space.memory.reset(
-      static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(up_to(bytes, 64)))));
-  if (!space.memory) throw std::bad_alloc();
+  const int64_t bytes = up_to(lay_out(space, nullptr), 64);
+  if (bytes > space.bytes) {
+    space.memory.reset();
+    space.bytes = 0;
+    space.memory.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
+    if (!space.memory) throw std::bad_alloc();
+    space.bytes = bytes;
+  }
   lay_out(space, space.memory.get());
   space.batch = batch;
   space.positions = positions;
-  space.bytes = bytes;
 }
 
 // Sixteen random bits decide a number: it is dropped where they are below the threshold.
@@ -263,7 +269,9 @@ void TrainingStep::add_branch(Job& job, int64_t mask, const float* x, float* out
                 job.space.dy + part.first, part.last - part.first, out + part.first);
 }
 
-int64_t TrainingStep::workspace_bytes() const { return spaces_[0].bytes + spaces_[1].bytes; }
+int64_t TrainingStep::workspace_bytes() const {
+  return spaces_[0].bytes + spaces_[1].bytes + muon_bytes_ * pool_.size();
+}
 
 double TrainingStep::gradients(const int64_t* windows, int64_t batch, int64_t positions,
                                double scale, bool add, uint64_t dropout_seed) {
@@ -277,7 +285,8 @@ double TrainingStep::loss(const int64_t* windows, int64_t batch, int64_t positio
 double TrainingStep::run(const int64_t* windows, int64_t batch, int64_t positions, double scale,
                          bool add, bool backward, uint64_t dropout_seed) {
   const Config& c = shape_.config;
-  if (batch < 1 || positions < 1 || positions > c.block_size) {
+  if (batch < 1) throw UsageError("there are no windows");
+  if (positions < 1 || positions > c.block_size) {
     throw UsageError("windows of " + std::to_string(positions) +
                      " tokens do not fit the context of " + std::to_string(c.block_size));
   }

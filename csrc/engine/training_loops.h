@@ -650,11 +650,12 @@ constexpr int64_t query_block(int64_t positions) {
 
 // Pieces of a scratch, 64-byte aligned one after another.
 struct Pieces {
-  char* at;
+  char* memory;  // null: the pieces are only counted
+  int64_t used;
   template <typename T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    T* piece = memory != nullptr ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return piece;
   }
 };
@@ -664,11 +665,11 @@ struct HeadScratch {
   using T = typename U::T;
   char *keys, *values, *keys_by_row, *block, *product;
   T *q, *k, *p, *ds;
-  float *scores, *dp, *dq, *dk, *dv, *delta;
+  float *scores, *dp, *dq, *dk, *dv;
   int64_t ld, end;  // elements in a row of scores; bytes of it all
 
   HeadScratch(char* at, int64_t positions, int64_t width) {
-    Pieces pieces{at};
+    Pieces pieces{at, 0};
     const int64_t queries = query_block(positions);
     ld = round_up(positions, W);
     keys = pieces.take<char>(packed_bytes<U>(width, positions));
@@ -685,9 +686,8 @@ struct HeadScratch {
     dq = pieces.take<float>(queries * width);
     dk = pieces.take<float>(positions * width);
     dv = pieces.take<float>(positions * width);
-    delta = pieces.take<float>(queries);
     product = pieces.take<char>(product_scratch());
-    end = pieces.at - at;
+    end = pieces.used;
   }
 };
 

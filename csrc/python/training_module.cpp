@@ -32,24 +32,33 @@ float* numbers_of(const std::string& name, const py::handle& object, int64_t cou
     throw UsageError(name + " must be a contiguous array of float32");
   }
   auto array = py::reinterpret_borrow<Numbers>(object);
+  if (!array.writeable()) throw UsageError(name + " cannot be written");
   if (array.size() != count) {
     throw UsageError(name + " has " + std::to_string(array.size()) + " numbers, not " +
                      std::to_string(count));
   }
-  return array.mutable_data();  // refuses what is read-only
+  return array.mutable_data();
 }
 
 TrainingShape shape_of(const py::dict& given) {
   const auto whole = [&](const char* name) { return given[name].cast<int64_t>(); };
+  const auto positive = [&](const char* name) {
+    const int64_t value = whole(name);
+    if (value < 1) throw UsageError(std::string(name) + " must be 1 or more");
+    return value;
+  };
   const auto flag = [&](const char* name) {
     return given.contains(name) && given[name].cast<bool>();
   };
   TrainingShape shape;
-  shape.config.vocab_size = whole("vocab_size");
-  shape.config.block_size = whole("block_size");
-  shape.config.n_layer = whole("n_layer");
-  shape.config.n_head = whole("n_head");
-  shape.config.n_embd = whole("n_embd");
+  shape.config.vocab_size = positive("vocab_size");
+  shape.config.block_size = positive("block_size");
+  shape.config.n_layer = positive("n_layer");
+  shape.config.n_head = positive("n_head");
+  shape.config.n_embd = positive("n_embd");
+  if (shape.config.n_embd % shape.config.n_head != 0) {
+    throw UsageError("n_embd is not a multiple of n_head");
+  }
   shape.config.bias = flag("bias");
   shape.config.rotary = flag("rotary");
   shape.config.qk_norm = flag("qk_norm");
@@ -103,19 +112,23 @@ class Step {
     by.correction1 = static_cast<float>(1.0 - std::pow(beta1, static_cast<double>(count)));
     by.correction2 = static_cast<float>(1.0 - std::pow(beta2, static_cast<double>(count)));
     by.grad_scale = static_cast<float>(grad_scale);
+    struct Update {
+      size_t index;
+      float *first, *second;
+    };
+    std::vector<Update> updates;  // all of them are looked at before any weight changes
     for (const auto& [key, value] : moments) {
       const size_t index = index_of(key);
       const Trained& parameter = step_->parameters()[index];
       const auto pair = py::cast<std::pair<py::object, py::object>>(value);
-      float* first =
-          numbers_of("the first moment of " + parameter.name, pair.first, parameter.count);
-      float* second =
-          numbers_of("the second moment of " + parameter.name, pair.second, parameter.count);
-      alone([&] {
-        step_->adamw(index, first, second, by);
-        return 0.0;
-      });
+      updates.push_back(
+          {index, numbers_of("the first moment of " + parameter.name, pair.first, parameter.count),
+           numbers_of("the second moment of " + parameter.name, pair.second, parameter.count)});
     }
+    alone([&] {
+      for (const Update& each : updates) step_->adamw(each.index, each.first, each.second, by);
+      return 0.0;
+    });
   }
 
   void muon(const py::dict& momenta, double lr, double momentum, double weight_decay,
@@ -191,6 +204,13 @@ void add_training(py::module_& module) {
            "name in the state dict, contiguous float32 arrays that are shared. bf16: operands of\n"
            "products are rounded to bfloat16. recompute: layers are computed once more in the\n"
            "backward pass, which takes less memory. Raises UsageError where that cannot run here.")
+      .def_static(
+          "instruction_set_of",
+          [](bool bf16) {
+            const nanogpt::TrainingKernels* kernels = nanogpt::training_kernels(bf16);
+            return std::string(kernels != nullptr ? kernels->name : "");
+          },
+          py::kw_only(), "bf16"_a, "The instruction set that is taken here, or \"\".")
       .def_static(
           "unfit",
           [](const py::dict& shape, bool bf16) {
