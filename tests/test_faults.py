@@ -154,7 +154,7 @@ def test_the_kills_see_a_run_that_ends_in_another_way(tmp_path, monkeypatch):
 def test_the_restarts_see_dropout_that_forgets_its_step(tmp_path, monkeypatch):
     """A trainer whose dropout depends on how long its process has lived is caught."""
     lived = iter(range(10**6))
-    monkeypatch.setattr(trainer, "seed_dropout", lambda *_: torch.manual_seed(next(lived)))
+    monkeypatch.setattr(trainer, "dropout_seed", lambda *_: next(lived))
     report = kills.restarts(tmp_path, 2, names=("dropout",), most_of_a_run=2)
     assert any("another model" in each for each in report.failures)
 
