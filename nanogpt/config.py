@@ -324,7 +324,7 @@ class TrainConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabulary
         "passes over the text",
         group="training",
         minimum=1,
-        auto="1, or no limit where --max-steps is given; with --recipe speed 260 steps",
+        auto="1, or no limit where --max-steps is given; with --recipe speed 250 steps",
     )
     max_steps: int | None = option(
         None, "optimizer steps at most", group="training", minimum=1, auto="no limit"
@@ -372,7 +372,7 @@ class TrainConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabulary
         "steps between evaluations, each with a checkpoint",
         group="reports",
         minimum=1,
-        auto="a tenth of the steps, a third with --recipe speed; 1,000 at most",
+        auto="a tenth of the steps, half of them with --recipe speed; 1,000 at most",
     )
     sample_tokens: int = option(
         200, "tokens written at each evaluation; 0 writes none", group="reports", minimum=0

@@ -8,6 +8,7 @@ direction is neglected because its gradient is small. With G the gradient, per s
 Source: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,26 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"rate": 1.0, "weight_decay": 0.0})
+
+    # Torch wraps these for its compiler, which the first call of one would import: a second at the
+    # start of every run.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's."""
+        content: dict[str, Any] = inspect.unwrap(torch.optim.Optimizer.state_dict)(self)
+        return content
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's."""
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.Optimizer's."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -59,12 +59,12 @@ RECIPES = {
         shape={"rotary": True, "qk_norm": True},
         tiny_block_size=64,
         batch_tokens=768,
-        max_steps=260,
+        max_steps=250,
         muon=True,
         quick_beginning=True,
         decay=0.5,
         least=0.0,
-        evaluations=3,
+        evaluations=2,
     ),
 }
 

@@ -1,7 +1,7 @@
 """The moving parts of a run: model, optimizer, position; one step and one evaluation."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,10 @@ def make_trainer(
     model.recompute = plan.config.recompute
     config = plan.config
     betas = (config.beta1, config.beta2)
-    make = make_muon if plan.recipe.muon else make_optimizer
+    if plan.recipe.muon:
+        make: Callable[..., torch.optim.Optimizer] = make_muon
+    else:
+        make = make_plain_adamw if plan.engine == "native" else make_optimizer
     optimizer = make(model, plan.peak_lr, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     trainer = Trainer(model, optimizer, scaler, Position())
@@ -118,6 +121,34 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def make_plain_adamw(
+    model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> Muon:
+    """The state of `make_optimizer` for the native engine, which needs no torch for the update."""
+    groups = _adamw_groups(model.parameters(), lr, weight_decay, betas)
+    return Muon(groups)
+
+
+def _adamw_groups(
+    parameters: Iterable[torch.nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors, which do not."""
+    parameters = list(parameters)
+    return [
+        {
+            "params": [p for p in parameters if (p.dim() >= 2) == matrices],
+            "lr": lr,
+            "betas": betas,
+            "eps": 1e-8,
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for matrices in (True, False)
+    ]
+
+
 def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, float]) -> Muon:
     """Muon for the blocks' matrices, AdamW for embeddings and vectors.
 
@@ -126,12 +157,12 @@ def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, fl
         weight_decay: of AdamW's matrices; Muon's have none.
     """
     muon: dict[int, list[torch.nn.Parameter]] = {1: [], 3: []}
-    rest: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and ".h." in name:
             muon[3 if "c_attn" in name else 1].append(parameter)  # queries, keys and values
         else:
-            rest[parameter.dim() == 2].append(parameter)
+            rest.append(parameter)
     usual = RECIPES["speed"].learning_rate(model.config.n_embd)
     groups: list[dict[str, Any]] = [
         {
@@ -144,16 +175,7 @@ def make_muon(model: GPT, lr: float, weight_decay: float, betas: tuple[float, fl
         }
         for parts, parameters in muon.items()
     ]
-    groups += [
-        {
-            "params": parameters,
-            "lr": lr,
-            "betas": betas,
-            "eps": 1e-8,
-            "weight_decay": weight_decay if matrices else 0.0,
-        }
-        for matrices, parameters in rest.items()
-    ]
+    groups += _adamw_groups(rest, lr, weight_decay, betas)
     return Muon(groups)
 
 

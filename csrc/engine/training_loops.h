@@ -696,10 +696,16 @@ int64_t head_scratch(int64_t positions, int64_t width) {
   return HeadScratch<U>(nullptr, positions, width).end;
 }
 
+inline float dot_of(const float* x, const float* y, int64_t count) {
+  F sum = Isa::zero();
+  each_vector(count, [&](int64_t i, int64_t n, auto full) {
+    sum = Isa::fma(float_lanes(x + i, n, full), float_lanes(y + i, n, full), sum);
+  });
+  return Isa::total(sum);
+}
+
 inline float inverse_rms(const float* x, int64_t n) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
-  return 1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + 1e-6f);
+  return 1.0f / __builtin_sqrtf(dot_of(x, x, n) / static_cast<float>(n) + 1e-6f);
 }
 
 constexpr int64_t kMostHeadWidth = 1024;
@@ -758,9 +764,7 @@ inline void prepare_backward(const Head& h, int64_t t, float* grad, const typena
     float row[kMostHeadWidth];
     widen_row<U>(from, h.width, row);
     const float factor = inverse_rms(row, h.width);
-    float along = 0.0f;
-    for (int64_t i = 0; i < h.width; ++i) along += grad[i] * row[i];
-    along *= factor * factor / static_cast<float>(h.width);
+    const float along = dot_of(grad, row, h.width) * factor * factor / static_cast<float>(h.width);
     for (int64_t i = 0; i < h.width; ++i) grad[i] = factor * (grad[i] - row[i] * along);
   }
   narrow_row<U>(grad, h.width, to);
