@@ -372,7 +372,7 @@ class TrainConfig(MachineFlags, RunFlags, OptimizerFlags, ShapeFlags, Vocabulary
         "steps between evaluations, each with a checkpoint",
         group="reports",
         minimum=1,
-        auto="a tenth of the steps, half of them with --recipe speed; 1,000 at most",
+        auto="a tenth of the steps, all of them with --recipe speed; 1,000 at most",
     )
     sample_tokens: int = option(
         200, "tokens written at each evaluation; 0 writes none", group="reports", minimum=0

@@ -64,7 +64,7 @@ RECIPES = {
         quick_beginning=True,
         decay=0.5,
         least=0.0,
-        evaluations=2,
+        evaluations=1,
     ),
 }
 
