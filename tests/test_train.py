@@ -52,6 +52,19 @@ def rows(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
 
 
+def interrupted_at(monkeypatch, step, number=signal.SIGTERM):
+    """The process is sent a signal before a step; returns what takes that back."""
+    real = train_module.optimizer_step
+
+    def stepping(plan, trainer, model, windows):
+        if trainer.position.step == step:
+            os.kill(os.getpid(), number)
+        return real(plan, trainer, model, windows)
+
+    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    return lambda: monkeypatch.setattr(train_module, "optimizer_step", real)
+
+
 def test_the_seed_command_learns_and_leaves_a_model_and_a_run_directory(train, text_file, tmp_path):
     outcome = train("--text", text_file, "--epochs", 3, "--output", "gpt.pth", "--run-dir", "run")
     assert outcome.code == 0, outcome.err
@@ -170,25 +183,17 @@ def test_an_interrupted_run_goes_on_to_bit_identical_weights(train, text_file, m
     common = ("--text", text_file, "--max-steps", 20, "--eval-interval", 6, *extra)
     assert train(*common, "--output", "whole.pth", "--run-dir", "whole").code == 0
 
-    real = train_module.optimizer_step
-
-    def interrupt_at(step, number):
-        def stepping(plan, trainer, model, windows):
-            if trainer.position.step == step:
-                os.kill(os.getpid(), number)
-            return real(plan, trainer, model, windows)
-
-        monkeypatch.setattr(train_module, "optimizer_step", stepping)
-
     parts = ("--output", "parts.pth", "--run-dir", "parts")
-    interrupt_at(4, signal.SIGINT)
+    go_on = interrupted_at(monkeypatch, 4, signal.SIGINT)
     assert train(*common, *parts).code == 130
-    interrupt_at(13, signal.SIGTERM)
+    go_on()
+    go_on = interrupted_at(monkeypatch, 13, signal.SIGTERM)
     assert train(*common, *parts).code == 143
-    interrupt_at(17, signal.SIGUSR1)
+    go_on()
+    go_on = interrupted_at(monkeypatch, 17, signal.SIGUSR1)
     assert train(*common, *parts).code == 128 + signal.SIGUSR1
     assert not Path("parts.pth").exists()
-    monkeypatch.setattr(train_module, "optimizer_step", real)
+    go_on()
     assert train(*common, *parts).code == 0
 
     assert_same_weights("whole.pth", "parts.pth")
@@ -391,14 +396,7 @@ def test_a_run_that_could_not_save_does_not_say_that_it_has(train, text_file, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RunDirectory, "save", fail)
-    real = train_module.optimizer_step
-
-    def stepping(plan, trainer, model, windows):
-        if trainer.position.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(plan, trainer, model, windows)
-
-    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    interrupted_at(monkeypatch, 3)
     outcome = train("--text", text_file, "--max-steps", 8)
     assert outcome.code == 1
     assert "the last steps are not saved: the same command begins anew" in outcome.err
@@ -663,16 +661,9 @@ def test_runs_from_before_a_flag_existed_go_on(train, text_file, monkeypatch):
     """Their identity lacks it, which means its default; and torch computed their steps."""
     interrupted = {"--max-steps": 8, "--eval-interval": 4, "--run-dir": "run"}
     flags = ("--text", text_file, *(word for pair in interrupted.items() for word in pair))
-    real = train_module.optimizer_step
-
-    def stepping(plan, trainer, model, windows):
-        if trainer.position.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(plan, trainer, model, windows)
-
-    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    go_on = interrupted_at(monkeypatch, 5)
     assert train(*flags, "--kernels", "torch").code == 143
-    monkeypatch.setattr(train_module, "optimizer_step", real)
+    go_on()
     kept = json.loads(Path("run/run.json").read_text())
     assert not {"rotary", "qk_norm"} & kept["identity"].keys()
     outcome = train(*flags, "--kernels", "torch", "--rotary")
@@ -682,16 +673,9 @@ def test_runs_from_before_a_flag_existed_go_on(train, text_file, monkeypatch):
 
 def test_a_run_that_goes_on_keeps_who_computes_its_steps(train, text_file, monkeypatch):
     flags = ("--text", text_file, "--max-steps", 6, "--eval-interval", 2, "--run-dir", "run")
-    real = train_module.optimizer_step
-
-    def stepping(plan, trainer, model, windows):
-        if trainer.position.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(plan, trainer, model, windows)
-
-    monkeypatch.setattr(train_module, "optimizer_step", stepping)
+    go_on = interrupted_at(monkeypatch, 3)
     assert train(*flags).code == 143
-    monkeypatch.setattr(train_module, "optimizer_step", real)
+    go_on()
     kept = json.loads(Path("run/run.json").read_text())["step"]
     assert kept["engine"] == ("native" if native.available() else "torch")
     if not native.available():

@@ -30,7 +30,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import InputError, UsageError
 from nanogpt.export import archive
 from nanogpt.export.quantize import SCALE, weights_of
-from nanogpt.model import GPT, QK_EPS, QK_GAIN, ROTARY_BASE
+from nanogpt.model import GPT, QK_EPS, ROTARY_BASE, attention_scale
 
 # What is left out of torch's archive: source paths, and a hash of all that nothing reads.
 _LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$")
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if config.rotary:
             self.rotary = True
         if config.qk_norm:
-            self.scale = QK_GAIN * (config.n_embd // config.n_head) ** -0.5
+            self.scale = attention_scale(config)
             self.epsilon = QK_EPS
 
     def forward(
