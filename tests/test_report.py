@@ -161,3 +161,26 @@ def test_one_spike_does_not_flatten_the_curve():
     svg = Chart("t", "x", "y", [Series("s", points, "train")]).svg()
     labels = re.findall(r'text-anchor="end">([\d.,]+)<', svg)
     assert float(labels[-1].replace(",", "")) < 10
+
+
+@pytest.mark.parametrize(
+    ("high", "labels"),
+    [
+        (12.5, ["0.0", "2.5", "5.0", "7.5", "10.0", "12.5"]),
+        (1.2, ["0.00", "0.25", "0.50", "0.75", "1.00", "1.25"]),
+        (12_000.0, ["0", "2,500", "5,000", "7,500", "10,000", "12,500"]),
+        (5.0, ["0", "1", "2", "3", "4", "5"]),
+    ],
+)
+def test_labels_of_an_axis_have_the_decimals_of_its_steps(high, labels):
+    chart = Chart("t", "x", "y", [Series("s", [(0, 0.0), (1, high)], "train")], start_at_zero=True)
+    found = re.findall(r'text-anchor="end">([\d.,]+)<', chart.svg())
+    assert found == labels
+
+
+def test_the_first_losses_of_a_quick_run_do_not_flatten_the_rest():
+    losses = [(i, 12.0 - i) if i < 10 else (i, 2.4 - i / 500) for i in range(250)]
+    labels = re.findall(
+        r'text-anchor="end">([\d.,]+)<', Chart("t", "x", "y", [Series("s", losses, "train")]).svg()
+    )
+    assert float(labels[-1]) < 4

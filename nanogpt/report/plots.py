@@ -161,11 +161,14 @@ class _Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def label(self, value: float) -> str:
-        if self.step >= 1:
-            return f"{value:,.0f}"
         if abs(self.step) < 1e-3:
             return f"{value:.1e}" if value else "0"
-        return f"{value:.{max(0, -math.floor(math.log10(self.step) + 1e-9))}f}"
+        # As many decimals as the step has: 2.5 has one.
+        return f"{value:,.{next(d for d in range(5) if _is_whole(self.step * 10**d) or d == 4)}f}"
+
+
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < 1e-9 * max(1.0, abs(value))
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -197,7 +200,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _robust_high(values: list[float]) -> float:
     """The largest value, unless a few spikes would flatten everything else."""
     ordered = sorted(values)
-    typical = ordered[int(len(ordered) * 0.98)]
+    typical = ordered[int(len(ordered) * 0.95)]
     low = ordered[0]
     return typical if ordered[-1] - low > 4 * (typical - low) > 0 else ordered[-1]
 
