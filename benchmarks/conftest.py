@@ -14,16 +14,14 @@ training-step, training-loss and generation with --peer-dir. Two more programs w
 their own: explore.py, and time_to_loss.py, which trains to nanoGPT's loss.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from recording import Recorder
+from recording import Recorder, nanogpt_model
 
 from nanogpt.measuring import measure_ceilings
 
@@ -52,13 +50,7 @@ def nanogpt_if_any(request: pytest.FixtureRequest) -> ModuleType | None:
     folder = checkout(request.config, "configurator.py")
     if folder is None:
         return None
-    spec = importlib.util.spec_from_file_location("nanogpt_peer", folder / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_peer"] = module
-    spec.loader.exec_module(module)
-    return module
+    return nanogpt_model(folder)
 
 
 @pytest.fixture(scope="session")

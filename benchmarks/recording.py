@@ -1,14 +1,17 @@
 """What every benchmark shares: rows collected and written as JSON files."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,6 +94,17 @@ def _write(path: Path, content: dict[str, Any]) -> Path:
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
     return path
+
+
+def nanogpt_model(folder: Path) -> ModuleType:
+    """model.py of a checkout of nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt_peer", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_peer"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def slug(device: str) -> str:

@@ -10,7 +10,6 @@ every evaluation included on both sides. Flags after -- go to `train`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pickle
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from recording import RESULTS, slug, write_suites  # noqa: E402
+from recording import RESULTS, nanogpt_model, slug, write_suites  # noqa: E402
 
 from nanogpt.data import gather, validation_windows  # noqa: E402
 from nanogpt.measuring import describe_row, device_name, make_row, measure_ceilings  # noqa: E402
@@ -97,7 +96,7 @@ def as_row(
             "recipe": recipe,
             **({"flags": " ".join(flags)} if flags else {}),
         },
-        "float32",
+        ours["dtype"],
         ours["seconds"],
         {"nanoGPT, CPU configuration": theirs["seconds"]},
         also={
@@ -150,12 +149,7 @@ def run_nanogpt(
     if done.returncode or not (place / "out" / "ckpt.pt").is_file():
         sys.exit("nanoGPT's train.py failed:\n" + log.read_text()[-2000:])
     saved = torch.load(place / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
-    spec = importlib.util.spec_from_file_location("nanogpt_peer", place / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_peer"] = module
-    spec.loader.exec_module(module)
+    module = nanogpt_model(place)
     model = module.GPT(module.GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     parameters = sum(each.numel() for each in model.parameters())
@@ -183,7 +177,7 @@ def run_ours(
     """Train, and read the clock when an evaluation is at most `target`.
 
     Returns: seconds (None where it never was), loss and step of that evaluation, the best and the
-        last loss, the process's whole_seconds, the model's parameters.
+        last loss, the process's whole_seconds, the model's parameters, the dtype of its products.
     """
     folder.mkdir()
     model, run = folder / "model.pth", folder / "run"
@@ -218,6 +212,7 @@ def run_ours(
         "last": evaluations[-1]["val_loss"],
         "whole_seconds": whole,
         "parameters": sum(sizes.values()),
+        "dtype": json.loads((run / "run.json").read_text())["step"]["dtype"],
     }
 
 

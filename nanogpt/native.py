@@ -52,12 +52,6 @@ def describe() -> str:
     return f"{module.__version__}, {module.instruction_set()}, up to {module.usable_cpus()} threads"
 
 
-def instruction_set() -> str:
-    """The engine's instruction set; needs `available()`."""
-    name: str = _load()[0].instruction_set()
-    return name
-
-
 def compiler() -> str | None:
     """The C++ compiler that a build would take, or None."""
     named = os.environ.get("CXX", "").split()
@@ -146,7 +140,7 @@ def training_step(
     """
     module = _load()[0]
     made: _C.TrainingStep = module.TrainingStep(
-        _training_shape(shape), parameters, bf16=bf16, threads=threads, recompute=recompute
+        dataclasses.asdict(shape), parameters, bf16=bf16, threads=threads, recompute=recompute
     )
     return made
 
@@ -159,14 +153,8 @@ def training_instruction_set(*, bf16: bool) -> str:
 
 def training_unfit(shape: "GPTConfig", *, bf16: bool) -> str:
     """Why the compiled training step cannot run such a model here, or ""; needs `available()`."""
-    reason: str = _load()[0].TrainingStep.unfit(_training_shape(shape), bf16=bf16)
+    reason: str = _load()[0].TrainingStep.unfit(dataclasses.asdict(shape), bf16=bf16)
     return reason
-
-
-def _training_shape(shape: "GPTConfig") -> dict[str, Any]:
-    from nanogpt.model import attention_scale
-
-    return {**dataclasses.asdict(shape), "attention_scale": attention_scale(shape)}
 
 
 def turn(model: "GPT") -> "threading.RLock":

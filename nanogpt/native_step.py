@@ -178,7 +178,10 @@ def choose_engine(
     if not native_dtypes:
         return None
     candidates = [("native", dtype) for dtype in native_dtypes]
-    if native.instruction_set() in ("scalar", "neon") and torch.float32 in dtypes:
+    if (
+        native.training_instruction_set(bf16=False) in ("scalar", "neon")
+        and torch.float32 in dtypes
+    ):
         candidates.append(("torch", torch.float32))  # which has libraries for such processors
     if machine.has_matrix_tiles() and torch.bfloat16 in dtypes:
         candidates.append(("torch", torch.bfloat16))

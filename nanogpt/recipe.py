@@ -81,7 +81,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     recipe = RECIPES[config.recipe]
     found: dict[str, Any] = {}
     if config.init is None:
-        found |= {name: value for name, value in recipe.shape.items() if _open(config, name)}
+        found |= {
+            name: value for name, value in recipe.shape.items() if getattr(config, name) is None
+        }
         if recipe.tiny_block_size and config.preset == "tiny" and config.block_size is None:
             found["block_size"] = recipe.tiny_block_size
     if config.max_steps is None and config.epochs is None:
@@ -90,10 +92,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         block = shape_from_flags(replace(config, **found), vocab_size=257).block_size
         found["batch_size"] = recipe.sequences(block)
     return replace(config, **found)
-
-
-def _open(config: TrainConfig, name: str) -> bool:
-    return getattr(config, name) is None
 
 
 def scheduled_rate(step: int, total: int, warmup: int, peak: float, least: float) -> float:

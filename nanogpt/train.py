@@ -89,8 +89,9 @@ def run(config: TrainConfig) -> int:
             note=say,
         )
         plan = make_plan(config, corpus, initial, device, dtype, choices)
+        config = plan.config
         identity = make_identity(
-            plan.config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
+            config, corpus.content_sha256, corpus.tokenizer, initial, without=("text",)
         )
         path = run_path(config, corpus.name, plan.shape, identity)
         with RunDirectory(path, warn=_say) as folder:

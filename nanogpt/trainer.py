@@ -112,21 +112,15 @@ def make_optimizer(
 
     Source: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv:1711.05101).
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    groups = _adamw_groups(model.parameters(), lr, weight_decay, betas)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def make_plain_adamw(
     model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> Muon:
     """The state of `make_optimizer` for the native engine, which needs no torch for the update."""
-    groups = _adamw_groups(model.parameters(), lr, weight_decay, betas)
-    return Muon(groups)
+    return Muon(_adamw_groups(model.parameters(), lr, weight_decay, betas))
 
 
 def _adamw_groups(

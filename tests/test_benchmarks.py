@@ -109,6 +109,7 @@ def test_only_what_reached_the_loss_becomes_a_row(
         reached = {"seconds": 5.0, "loss": 1.8, "step": 700}
         missed = dict.fromkeys(reached)
         sizes = {"best": 1.95, "last": 1.7, "whole_seconds": 9.0, "parameters": 800_000}
+        sizes["dtype"] = "bfloat16"
         return {**(reached if name == "reaches" else missed), **sizes}
 
     theirs = {"seconds": 20.0, "loss": 1.9, "parameters": 804_096}
@@ -126,6 +127,7 @@ def test_only_what_reached_the_loss_becomes_a_row(
     assert len(written) == 1 - code
     if code == 0:
         (row,) = json.loads(written[0].read_text())["rows"]
+        assert row["dtype"] == "bfloat16"
         assert (row["ratio"], row["also"]["loss"], row["shape"]["recipe"]) == (4.0, 1.8, "reaches")
         import make_results
 

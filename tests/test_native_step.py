@@ -505,7 +505,7 @@ def test_the_smallest_sizes(vocabulary, positions):
 
 
 def test_shapes_that_are_none_are_refused():
-    good = {**SHAPES["plain"], "attention_scale": 1.0}
+    good = SHAPES["plain"]
     assert native._load()[0].TrainingStep.unfit(good, bf16=False) == ""
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
         with pytest.raises(UsageError, match=f"{name} must be 1 or more"):

@@ -24,10 +24,6 @@ constexpr int kMostThreads = 1024;
 constexpr int kTrials = 4;
 // Steps after which the choice is made anew, because what else the machine does changes.
 constexpr int kStepsOfAChoice = 2000;
-// As QK_GAIN, QK_EPS and ROTARY_BASE in nanogpt/model.py.
-constexpr float kQkGain = 1.5f;
-constexpr float kQkEpsilon = 1e-6f;
-constexpr double kRotaryBase = 10000.0;
 
 struct Matrix {
   DType dtype = DType::f32;
@@ -170,7 +166,6 @@ struct Decoder::State {
   float embedded(int32_t token, int64_t position, int64_t feature) const;
   void turn_to(int64_t end);
   void ready(float* x, int64_t width, int64_t count, int64_t position) const;
-  float score_scale() const;
   void norm_few(const Norm& norm, float* out) const;
   void few_to_logits(int thread, int threads);
   void attend_few(size_t layer, int64_t head, const Operand& normed, Scratch& scratch);
@@ -320,14 +315,12 @@ float Decoder::State::embedded(int32_t token, int64_t position, int64_t feature)
   return config.rotary ? x : x + element(positions_matrix, position, feature);
 }
 
-// cos and sin of position * base^(-2i/D), in double precision as in Python.
 void Decoder::State::turn_to(int64_t end) {
   const int64_t d = config.head_width(), half = d / 2;
   for (; turned < end; ++turned) {
     float* row = rotation.get() + turned * d;
     for (int64_t i = 0; i < half; ++i) {
-      const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(d);
-      const double angle = static_cast<double>(turned) * std::pow(kRotaryBase, exponent);
+      const double angle = config.angle(turned, i);
       row[i] = static_cast<float>(std::cos(angle));
       row[half + i] = static_cast<float>(std::sin(angle));
     }
@@ -362,11 +355,6 @@ void Decoder::State::ready(float* x, int64_t width, int64_t count, int64_t posit
       second[t] = x2 * cos + x1 * sin;
     }
   }
-}
-
-float Decoder::State::score_scale() const {
-  const float gain = config.qk_norm ? kQkGain : 1.0f;
-  return gain / std::sqrt(static_cast<float>(config.head_width()));
 }
 
 // `n` elements of each of `few` tokens, which stand one after the other.
@@ -430,7 +418,7 @@ void Decoder::State::multiply(const Matrix& m, int64_t first, int64_t rows, cons
 void Decoder::State::attend_few(size_t l, int64_t head, const Operand& normed, Scratch& scratch) {
   const Matrix& qkv = layers[l].qkv;
   const int64_t c = config.n_embd, d = config.head_width(), at = head * d;
-  const float scale = score_scale();
+  const float scale = config.attention_scale();
   float* scores = scratch.scores.get();
   float* rows = scratch.rows.get();
   // Of each token, `stride` after the one before.
@@ -630,7 +618,7 @@ void Decoder::State::block(int thread, int threads) {
   PromptBuffers& b = *prompt;
   const int64_t c = config.n_embd, d = config.head_width(), heads = config.n_head;
   const int groups = (widths[0] + widths[1]) / kLanes;
-  const float scale = score_scale();
+  const float scale = config.attention_scale();
   int64_t phase = 0;
   // Takes one of `count` pieces after another until none is left, then waits for the others.
   const auto share = [&](int64_t count, auto&& work) {

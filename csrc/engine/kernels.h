@@ -21,6 +21,10 @@ constexpr int kPanel = 64;
 // there on panels are faster.
 constexpr int kFew = 12;
 
+// Added to a mean square before queries and keys are divided by its root; as QK_EPS in
+// nanogpt/model.py.
+constexpr float kQkEpsilon = 1e-6f;
+
 // What happens to a product before it is stored.
 enum class Store { plain, add, gelu };
 

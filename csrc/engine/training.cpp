@@ -124,9 +124,7 @@ TrainingStep::TrainingStep(const TrainingShape& shape, const std::vector<Trained
     const int64_t half = c.head_width() / 2;
     for (int64_t t = 0; t < c.block_size; ++t) {
       for (int64_t i = 0; i < half; ++i) {
-        const double angle =
-            static_cast<double>(t) *
-            std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(c.head_width()));
+        const double angle = c.angle(t, i);
         cosines_.push_back(static_cast<float>(std::cos(angle)));
         sines_.push_back(static_cast<float>(std::sin(angle)));
       }
@@ -374,7 +372,7 @@ void TrainingStep::heads(Job& job, const Kept& kept, const char* grad_out, int t
     head.positions = job.positions;
     head.width = width;
     head.model_width = c.n_embd;
-    head.scale = shape_.attention_scale;
+    head.scale = shape_.config.attention_scale();
     head.normed = shape_.config.qk_norm;
     if (shape_.config.rotary) {
       head.cosines = cosines_.data();

@@ -41,7 +41,6 @@ struct MuonMatrix {
 struct TrainingShape {
   Config config;
   float dropout = 0.0f;  // of the embeddings and of every branch before it is added
-  float attention_scale = 0.0f;
 };
 
 class TrainingStep {

@@ -705,7 +705,7 @@ inline float dot_of(const float* x, const float* y, int64_t count) {
 }
 
 inline float inverse_rms(const float* x, int64_t n) {
-  return 1.0f / __builtin_sqrtf(dot_of(x, x, n) / static_cast<float>(n) + 1e-6f);
+  return 1.0f / __builtin_sqrtf(dot_of(x, x, n) / static_cast<float>(n) + kQkEpsilon);
 }
 
 constexpr int64_t kMostHeadWidth = 1024;

@@ -1,9 +1,24 @@
 #include "engine/weights.h"
 
+#include <cmath>
+
 #include "engine/damage.h"
 #include "engine/error.h"
 
 namespace nanogpt {
+
+// As QK_GAIN and ROTARY_BASE in nanogpt/model.py.
+constexpr float kQkGain = 1.5f;
+constexpr double kRotaryBase = 10000.0;
+
+float Config::attention_scale() const {
+  return (qk_norm ? kQkGain : 1.0f) / std::sqrt(static_cast<float>(head_width()));
+}
+
+double Config::angle(int64_t position, int64_t pair) const {
+  const double exponent = -2.0 * static_cast<double>(pair) / static_cast<double>(head_width());
+  return static_cast<double>(position) * std::pow(kRotaryBase, exponent);
+}
 
 namespace {
 

@@ -28,6 +28,10 @@ struct Config {
   bool rotary = false;   // positions turn queries and keys; there is no wpe
   bool qk_norm = false;  // queries and keys of a head are divided by their root mean square
   int64_t head_width() const { return n_embd / n_head; }  // D
+  // What the attention's logits are multiplied by.
+  float attention_scale() const;
+  // Of rotary positions: position * base^(-2 pair / D), in double precision as in Python.
+  double angle(int64_t position, int64_t pair) const;
 };
 
 // A row-major tensor that someone else keeps alive.

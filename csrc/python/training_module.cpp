@@ -63,7 +63,6 @@ TrainingShape shape_of(const py::dict& given) {
   shape.config.rotary = flag("rotary");
   shape.config.qk_norm = flag("qk_norm");
   if (given.contains("dropout")) shape.dropout = given["dropout"].cast<float>();
-  shape.attention_scale = given["attention_scale"].cast<float>();
   return shape;
 }
 
@@ -200,7 +199,7 @@ void add_training(py::module_& module) {
                    "depend on the number of threads.")
       .def(py::init<const py::dict&, const py::dict&, bool, int, bool>(), "shape"_a, "parameters"_a,
            py::kw_only(), "bf16"_a, "threads"_a, "recompute"_a = false,
-           "shape: GPTConfig's fields and attention_scale. parameters: (weight, gradient) of each\n"
+           "shape: GPTConfig's fields. parameters: (weight, gradient) of each\n"
            "name in the state dict, contiguous float32 arrays that are shared. bf16: operands of\n"
            "products are rounded to bfloat16. recompute: layers are computed once more in the\n"
            "backward pass, which takes less memory. Raises UsageError where that cannot run here.")
