@@ -139,7 +139,7 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
 
 
 _NATIVE_PANEL = 32
-_NATIVE_LOGITS_BYTES = 2**26
+_NATIVE_LOGITS_BYTES, _NATIVE_LOGITS_ROWS = 2**26, 256
 
 
 def _head_scratch(work: Workload) -> int:
@@ -165,7 +165,7 @@ def _native_bytes(work: Workload, batch: int, with_gradients: bool) -> int:
     layer = n * c * (_FLOAT + 14 * p) + n * (4 + shape.n_head) * _FLOAT
     layers = shape.n_layer if with_gradients and not work.recompute else 1
     inputs = shape.n_layer if with_gradients else 1
-    chunk = min(n, max(14, _NATIVE_LOGITS_BYTES // (_FLOAT * v)))
+    chunk = min(n, max(_NATIVE_LOGITS_ROWS, _NATIVE_LOGITS_BYTES // (_FLOAT * v)))
     weights = max(packed(4 * c, c), packed(c, 4 * c))
     dropped = (2 * shape.n_layer + 1) * n * c if shape.dropout and with_gradients else 0
     total = dropped + layers * layer + inputs * n * c * _FLOAT

@@ -348,6 +348,7 @@ def test_the_forecast_is_within_fifteen_per_cent_of_the_measured_peak():
         ({"vocab_size": 65, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}, 12),
         ({"vocab_size": 300, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64}, 64),
         ({"vocab_size": 50_257, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 96}, 4),
+        ({"vocab_size": 200_001, "block_size": 64, "n_layer": 1, "n_head": 1, "n_embd": 8}, 5),
     ],
 )
 def test_the_native_engines_room_is_forecast(shape, batch, dtype, recompute):
