@@ -289,33 +289,40 @@ def test_a_damaged_list_of_sizes_is_not_used(tmp_path):
 
 
 LIMITED = """
-import resource, sys
+import json, resource, sys
 import nanogpt.train as train
-from nanogpt import machine, saver
+from nanogpt import machine, micro_batch, saver
+limit, sizes = int(sys.argv[1]), json.loads(sys.argv[2])
+if sizes:
+    micro_batch.stored_sizes = lambda folder: sizes
 real = train._train
 def limited(*arguments):
-    size = machine._status("VmSize") + int(sys.argv[1])
+    size = machine._status("VmSize") + limit
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     return real(*arguments)
 train._train = limited
 from nanogpt.cli import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize(("kernels", "megabytes"), [("torch", 400), ("auto", 300)])
+@pytest.mark.parametrize(("kernels", "megabytes"), [("torch", 400), ("torch", 440), ("auto", 300)])
 def test_a_process_that_is_refused_memory_goes_on_with_less(
     text_file, tmp_path, kernels, megabytes
 ):
-    """A real allocator's refusal under RLIMIT_AS: the losses are those of the smaller batch."""
+    """A real allocator's refusal under RLIMIT_AS: the weights are those of the smaller batches.
+
+    A heap in pieces may refuse at the second step what it granted at the first, so that the run
+    without a limit takes each step with the size that the first one stored for it.
+    """
     text_file.write_text(text_file.read_text() * 8)
     shape = "--n-layer 4 --n-head 2 --n-embd 64 --block-size 64 --batch-size 512 --max-steps 2"
     flags = ["--text", str(text_file), *shape.split(), "--sample-tokens", "0", "--no-tensorboard"]
     flags += ["--kernels", kernels]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(name, limit, *extra):
-        command = [sys.executable, "-c", LIMITED, str(limit), "train", *flags, *extra]
+    def run(name, limit, sizes=None):
+        command = [sys.executable, "-c", LIMITED, str(limit), json.dumps(sizes), "train", *flags]
         command += ["--run-dir", str(tmp_path / name), "--output", str(tmp_path / f"{name}.pth")]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -323,7 +330,7 @@ def test_a_process_that_is_refused_memory_goes_on_with_less(
     assert done.returncode == 0, done.stderr
     assert "WARNING: out of memory with 512 sequences" in done.stderr
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["micro_batches"]
-    assert run("small", 2**40, "--micro-batch-size", str(stored[-1][1])).returncode == 0
+    assert run("small", 2**40, stored).returncode == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "small")
     assert (tmp_path / "run.pth").read_bytes() == (tmp_path / "small.pth").read_bytes()
 
