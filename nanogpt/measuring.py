@@ -99,16 +99,29 @@ def timed_on_gpu(work: Callable[[], Any]) -> Callable[[], float]:
     return read
 
 
+_VECTORS = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+
+
 def device_name(device: str | None = None) -> str:
-    """GPU, or processor and threads; None takes the GPU where there is one."""
+    """GPU, or processor, vector instructions and threads; None takes the GPU where there is one."""
     if torch.cuda.is_available() and device in (None, "cuda"):
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        name = found[1] if found else name
+        name = _processor(info.read_text()) or name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _processor(info: str) -> str | None:
+    """Of /proc/cpuinfo; one model name covers generations that differ in what they compute with."""
+    model = re.search(r"^model name\s*:\s*(.+)", info, re.MULTILINE)
+    if model is None:
+        return None
+    found = re.search(r"^flags\s*:(.*)", info, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    vectors = next((shown for flag, shown in _VECTORS.items() if flag in flags), None)
+    return f"{model[1]} ({vectors})" if vectors else model[1]
 
 
 def measure_ceilings(quick: bool = False, device: str | None = None) -> dict[str, float]:

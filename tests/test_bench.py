@@ -250,3 +250,18 @@ def test_a_random_corpus_has_the_vocabulary_that_was_asked_for(vocab_size):
 def test_an_impossible_vocabulary_is_refused(vocab_size):
     with pytest.raises(ValueError, match="no character vocabulary"):
         random_corpus(vocab_size, 10)
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ("model name\t: CPU A\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", "CPU A (AVX-512 BF16)"),
+        ("model name\t: CPU A\nflags\t\t: fpu avx2 avx512f\nbogomips: 1\n", "CPU A (AVX-512)"),
+        ("model name\t: CPU A\nflags\t\t: fpu avx2\n", "CPU A (AVX2)"),
+        ("model name\t: CPU A\nflags\t\t: fpu sse4_2\n", "CPU A"),
+        ("model name\t: CPU A\n", "CPU A"),
+        ("Features\t: fp asimd\n", None),
+    ],
+)
+def test_machines_of_one_model_name_differ_by_their_vectors(info, name):
+    assert measuring._processor(info) == name
