@@ -28,10 +28,17 @@ _CHUNK_NUMBERS, _CHUNK_NUMBERS_GPU = 2**18, 2**24
 # Odd, so that beta = 1, in the middle of a symmetric range of log beta, is one of them.
 _GRID_POINTS = 13
 _MOST_PASSES = 60
-_RELATIVE_STEP = 1e-10
+# Below it Newton's step is taken without looking again: what it leaves is of the order of its
+# square.
+_RELATIVE_STEP = 1e-6
+# A fit to logits in memory looks at one row of so many first, where there are enough of them.
+_SAMPLED, _LEAST_TO_SAMPLE = 16, 4096
+_SAMPLE_WIDTH = 0.1  # of the sample's bracket, as a share of beta
+_SAMPLE_REACH = 4.0  # standard errors of the sample's beta, to either side
 _NARROWEST = 4e-16
-# Distances of the next points from the estimated root, as shares of the way to the bracket's ends.
-_LADDER = (1 / 64, 1 / 64**2, 1 / 64**3)
+# Distances of the next points from the estimated root, as shares of the way to the bracket's ends:
+# where a pass costs more than its points, and where it does not.
+_LADDER, _SHORT_LADDER = (1 / 64, 1 / 64**2, 1 / 64**3), (1 / 64,)
 _CONFIDENT = 1.959963984540054  # standard deviations of a two-sided 95 % interval
 _LEAST_RESAMPLED_GROUPS, _MOST_RESAMPLED_GROUPS = 8, 2000
 _CURVE_POINTS = 200
@@ -82,21 +89,17 @@ class TemperatureScaler:
             vocabulary or a logit is not finite.
         """
         _check_shapes(logits, labels, None)
-        if mask is None:
-            return self.fit_batches(lambda: [(logits, labels, None)])
-        if mask.shape != labels.shape or mask.dtype != torch.bool:
+        if mask is not None and (mask.shape != labels.shape or mask.dtype != torch.bool):
             raise ValueError(
                 f"the mask must be {tuple(labels.shape)} of bool, not {tuple(mask.shape)} of "
                 f"{str(mask.dtype).removeprefix('torch.')}"
             )
-        rows = _chunk_rows(logits)
-
-        def counted() -> Iterator[Batch]:
-            for first in range(0, len(logits), rows):
-                keep = mask[first : first + rows]
-                yield logits[first : first + rows][keep], labels[first : first + rows][keep], None
-
-        return self.fit_batches(counted)
+        start: list[float] = []
+        if len(logits) >= _LEAST_TO_SAMPLE:
+            some = slice(None, None, _SAMPLED)
+            sample = _counted(logits[some], labels[some], None if mask is None else mask[some])
+            start = _first_look(sample)
+        return self._fit(_counted(logits, labels, mask), start, _SHORT_LADDER)
 
     def fit_batches(
         self, batches: Batches, note: Callable[[str], None] = lambda message: None
@@ -109,12 +112,22 @@ class TemperatureScaler:
             note: receives a sentence about each pass.
         Returns: itself. Raises: as `fit`.
         """
-        edge = math.log(HIGHEST_TEMPERATURE)
-        exponents = torch.linspace(-edge, edge, _GRID_POINTS, dtype=torch.float64)
-        exponents[_GRID_POINTS // 2] = 0.0
-        points = _evaluate(batches, exponents.exp().tolist())
-        at_one, count = points[_GRID_POINTS // 2], points[0].count
-        self.bound_, self.passes_ = None, 1
+        return self._fit(batches, [], _LADDER, note)
+
+    def _fit(
+        self,
+        batches: Batches,
+        start: list[float],
+        ladder: tuple[float, ...],
+        note: Callable[[str], None] = lambda message: None,
+    ) -> "TemperatureScaler":
+        """Fit from the bracket of `start`, or from the whole range where that holds no root."""
+        points, self.passes_ = _evaluate(batches, start) if start else [], 1
+        if not (points and points[0].slope < 0 < points[-1].slope):
+            self.passes_ += bool(points)
+            points = _evaluate(batches, _grid())
+        at_one, count = next(point for point in points if point.beta == 1), points[0].count
+        self.bound_ = None
         if all(point.slope == 0 for point in points):
             found = at_one  # every distribution is the same at every temperature
         elif points[-1].slope <= 0:
@@ -133,10 +146,12 @@ class TemperatureScaler:
                     f"pass {self.passes_}: the temperature is between {1 / right.beta:.6g} and "
                     f"{1 / left.beta:.6g}"
                 )
-                points = _evaluate(batches, _next_betas(left, right))
+                points = _evaluate(batches, _next_betas(left, right, ladder))
                 self.passes_ += 1
                 left, right = _bracket([left, *points, right])
                 found = min((found, *points), key=_newton_step)
+            if _newton_step(found) <= _RELATIVE_STEP:
+                found = _stepped(found, left.beta, right.beta)
         if at_one.nll < found.nll:  # by rounding, where T is 1 but for its last digits
             self.bound_, found = None, at_one
         self.temperature_ = 1.0 / found.beta
@@ -336,6 +351,50 @@ class _GroupSums:
         return int(self._seen.sum())
 
 
+def _grid() -> list[float]:
+    """The whole range of beta, and 1 in its middle."""
+    edge = math.log(HIGHEST_TEMPERATURE)
+    exponents = torch.linspace(-edge, edge, _GRID_POINTS, dtype=torch.float64)
+    exponents[_GRID_POINTS // 2] = 0.0
+    return exponents.exp().tolist()
+
+
+def _counted(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> Batches:
+    """The rows in memory that count."""
+    if mask is None:
+        return lambda: [(logits, labels, None)]
+    rows = _chunk_rows(logits)
+
+    def chosen() -> Iterator[Batch]:
+        for first in range(0, len(logits), rows):
+            keep = mask[first : first + rows]
+            yield logits[first : first + rows][keep], labels[first : first + rows][keep], None
+
+    return chosen
+
+
+def _first_look(sample: Batches) -> list[float]:
+    """Where to look first in all rows, by a sample of them; nothing where it does not say."""
+    try:
+        points = _evaluate(sample, _grid())
+        if not points[0].slope < 0 < points[-1].slope:
+            return []
+        while True:
+            left, right = _bracket(points)
+            if right.beta - left.beta <= _SAMPLE_WIDTH * right.beta:
+                break
+            points = [left, *_evaluate(sample, _next_betas(left, right, _SHORT_LADDER)), right]
+    except ValueError:
+        return []  # all rows will show what is wrong
+    near = min((left, right), key=_newton_step)
+    if not near.curvature > 0:
+        return []
+    root, reach = _cubic_root(left, right), _SAMPLE_REACH / math.sqrt(near.curvature)
+    lowest, highest = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
+    inside = (max(root - reach, lowest), root, min(root + reach, highest))
+    return sorted({1.0, *inside})
+
+
 def _bracket(points: list[_Point]) -> tuple[_Point, _Point]:
     """The neighbours between which the slope changes its sign."""
     ordered = sorted(points, key=lambda point: point.beta)
@@ -350,7 +409,16 @@ def _newton_step(point: _Point) -> float:
     return abs(point.slope / point.curvature) / point.beta if point.curvature > 0 else math.inf
 
 
-def _next_betas(left: _Point, right: _Point) -> list[float]:
+def _stepped(point: _Point, low: float, high: float) -> _Point:
+    """The point where Newton's step ends, by the quadratic whose derivatives are known here."""
+    if point.slope == 0:
+        return point
+    beta = min(max(point.beta - point.slope / point.curvature, low), high)
+    gain = point.slope**2 / (2 * point.curvature)
+    return dataclasses.replace(point, beta=beta, nll=point.nll - gain)
+
+
+def _next_betas(left: _Point, right: _Point, ladder: tuple[float, ...]) -> list[float]:
     """Where to look next inside a bracket.
 
     The estimated root, a ladder of points towards either end, so that the next bracket is as narrow
@@ -358,8 +426,8 @@ def _next_betas(left: _Point, right: _Point) -> list[float]:
     """
     a, b = left.beta, right.beta
     root = _cubic_root(left, right)
-    ladder = [root + share * (end - root) for end in (a, b) for share in _LADDER]
-    inside = {beta for beta in (root, 0.5 * (a + b), *ladder) if a < beta < b}
+    steps = [root + share * (end - root) for end in (a, b) for share in ladder]
+    inside = {beta for beta in (root, 0.5 * (a + b), *steps) if a < beta < b}
     return sorted(inside) or [0.5 * (a + b)]
 
 

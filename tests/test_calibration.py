@@ -107,6 +107,42 @@ def test_d3_a_known_temperature_is_recovered():
     assert scaler.nll_after_ == pytest.approx(1.33753, abs=0.03)
 
 
+@pytest.mark.parametrize("every_16th", [None, 6.0, 0.08, 1e-9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_first_look_at_some_rows_changes_no_result(every_16th, masked):
+    """Also where the rows that it looks at are unlike the others, or say nothing."""
+    logits, labels = random_case(8_192)
+    if every_16th is not None:
+        logits[::16] *= every_16th
+    mask = torch.ones(8_192, dtype=torch.bool)
+    mask[1::3] = not masked
+    scaler = TemperatureScaler().fit(logits, labels, mask)
+    batches = list(zip(logits[mask].split(500), labels[mask].split(500), strict=True))
+    exact = TemperatureScaler().fit_batches(lambda: [(*batch, None) for batch in batches])
+    assert scaler.temperature_ == pytest.approx(exact.temperature_, rel=1e-11)
+    assert scaler.temperature_se_ == pytest.approx(exact.temperature_se_, rel=1e-5)
+    assert scaler.nll_after_ == pytest.approx(exact.nll_after_, rel=1e-12)
+    assert scaler.nll_before_ == pytest.approx(exact.nll_before_, rel=1e-12)
+    assert scaler.n_tokens_ == exact.n_tokens_ == int(mask.sum())
+    assert scaler.passes_ <= (3 if every_16th is None else 6)
+
+
+@pytest.mark.parametrize(("scale", "bound"), [(1e-3, "lower"), (1e3, "upper")])
+def test_many_rows_end_at_the_bounds_of_the_range(scale, bound):
+    logits, labels = random_case(8_192)
+    with pytest.warns(UserWarning, match=f"its {bound} bound"):
+        scaler = TemperatureScaler().fit(logits * scale, labels)
+    assert scaler.bound_ == bound
+    assert scaler.temperature_ == pytest.approx(0.05 if bound == "lower" else 20.0, rel=1e-12)
+
+
+def test_rows_that_a_first_look_cannot_read_are_named_as_ever():
+    logits, labels = random_case(8_192)
+    labels[1], labels[16] = 97, 98
+    with pytest.raises(ValueError, match="the label 97 is outside"):
+        TemperatureScaler().fit(logits, labels)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.7])
 @pytest.mark.parametrize("seed", range(3))
 def test_d4_at_the_minimum_the_slope_is_zero_and_entropy_is_nll(seed, scale):
