@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nanogpt import native
+
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Logits (n, V), labels (n,) and the numbers of the tokens' groups (n,), or None."""
 Batches = Callable[[], Iterable[Batch]]
@@ -221,16 +223,15 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
     sums = torch.zeros(3, len(betas), dtype=torch.float64)
     grouped = _GroupSums(len(betas))
     count, any_groups = 0, False
+    at = torch.tensor(betas, dtype=torch.float64)
     for z, labels, groups in _row_chunks(batches):
-        finite = _without_infinity(z)
-        of_label = z.gather(1, labels[:, None])[:, 0]  # (n,)
-        slopes = z.new_empty(len(z), len(betas))
-        sums = sums.to(z.device)  # where they stay, so that nothing waits for them
-        for index, beta in enumerate(betas):
-            log_total, mean, variance = _moments(z, finite, beta)
-            slopes[:, index] = mean - of_label
-            nll = (log_total - beta * of_label).sum()
-            sums[:, index] += torch.stack([nll, slopes[:, index].sum(), variance.sum()])
+        at = at.to(z.device)
+        of_label = z.gather(1, labels[:, None])  # (n, 1)
+        log_total, mean, variance = _moments(z, at)
+        slopes = mean - of_label
+        nll = log_total - at * of_label
+        # On the device, so that nothing waits for them.
+        sums = sums.to(z.device) + torch.stack([nll.sum(0), slopes.sum(0), variance.sum(0)])
         count += len(z)
         if groups is not None:
             any_groups = True
@@ -245,24 +246,24 @@ def _evaluate(batches: Batches, betas: list[float]) -> list[_Point]:
     ]
 
 
-def _moments(
-    z: torch.Tensor, finite: torch.Tensor, beta: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n,).
+def _moments(z: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n, K).
 
-    `finite` is z with 0 for -inf, which has no probability and counts nothing. The rows of z have
-    their maximum at 0, so that the largest probability stands there: the variance is at least
-    mean^2 / V, and the difference below loses no more than a factor V.
+    `betas` are (K,) or (n, K). Where z is -inf it has no probability and counts nothing. The rows
+    of z have their maximum at 0, so that the largest probability stands there: the variance is at
+    least mean^2 / V, and the difference below loses no more than a factor V.
     """
-    weights = (z * beta).exp_()
-    total = weights.sum(1)
-    mean = torch.linalg.vecdot(weights, finite) / total
-    second = torch.linalg.vecdot(weights.mul_(finite), finite) / total
-    return total.log(), mean, (second - mean.square()).clamp_min(0)
-
-
-def _without_infinity(z: torch.Tensor) -> torch.Tensor:
-    return z.masked_fill(z == -math.inf, 0.0)
+    if z.device.type == "cpu" and native.available():
+        return native.softmax_moments(z, betas)
+    finite = z.masked_fill(z == -math.inf, 0.0)
+    columns = []
+    for beta in betas.unbind(-1):
+        weights = (z * beta.reshape(-1, 1)).exp_()
+        total = weights.sum(1)
+        mean = torch.linalg.vecdot(weights, finite) / total
+        second = torch.linalg.vecdot(weights.mul_(finite), finite) / total
+        columns.append((total.log(), mean, (second - mean.square()).clamp_min(0)))
+    return tuple(torch.stack(column, 1) for column in zip(*columns, strict=True))
 
 
 def _row_chunks(batches: Batches) -> Iterator[Batch]:
@@ -543,7 +544,8 @@ class PerTokenTemperature:
         margin = torch.zeros_like(mean)
         if z.shape[1] > 1:
             margin = -z.topk(2, dim=1).values[:, 1].clamp_min(-1e3)
-        log_total, mean_z, _ = _moments(z, finite, 1 / self.temperature)
+        beta = z.new_tensor([1 / self.temperature])
+        log_total, mean_z, _ = (column[:, 0] for column in _moments(z, beta))
         entropy = log_total - mean_z / self.temperature
         log_spread = 0.5 * spread.clamp_min(1e-12).log()
         return torch.stack([torch.ones_like(mean), log_spread, margin, entropy], 1)
@@ -561,18 +563,18 @@ class PerTokenTemperature:
         hessian = torch.zeros(len(candidates), 4, 4, dtype=torch.float64)
         count = 0
         for z, labels, _ in _row_chunks(batches):
-            features, finite = self._features(z), _without_infinity(z)
-            of_label = z.gather(1, labels[:, None])[:, 0]
+            features = self._features(z)
+            of_label = z.gather(1, labels[:, None])  # (n, 1)
             count += len(z)
-            for index, weights in enumerate(candidates):
-                beta = (-self._log_temperatures(features, weights.to(z.device))).exp()
-                log_total, mean, variance = _moments(z, finite, beta[:, None])
-                nll[index] += (log_total - beta * of_label).sum().cpu()
-                # d beta / d w = -beta phi, and its derivative beta phi phi^T.
-                slope = (mean - of_label) * beta
-                gradient[index] -= (slope @ features).cpu()
-                bend = variance * beta.square() + slope
-                hessian[index] += (features.T @ (features * bend[:, None])).cpu()
+            at = torch.stack(candidates).to(z.device)
+            betas = (-self._log_temperatures(features, at.T)).exp()  # (n, K)
+            log_total, mean, variance = _moments(z, betas)
+            nll += (log_total - betas * of_label).sum(0).cpu()
+            # d beta / d w = -beta phi, and its derivative beta phi phi^T.
+            slopes = (mean - of_label) * betas
+            gradient -= (slopes.T @ features).cpu()
+            bends = variance * betas.square() + slopes
+            hessian += torch.einsum("nk,ni,nj->kij", bends, features, features).cpu()
         if not count:
             raise ValueError("there are no tokens to fit temperatures to")
         return nll, gradient, hessian
@@ -975,7 +977,7 @@ class TokenStatistics:
             z = z / self.temperature._of_rows(z)[:, None]
         else:
             z = z / self.temperature
-        log_total, mean, _ = _moments(z, _without_infinity(z), 1.0)
+        log_total, mean, _ = (column[:, 0] for column in _moments(z, z.new_ones(1)))
         nll = log_total - z.gather(1, labels[:, None])[:, 0]
         probabilities = (z - log_total[:, None]).exp_()
         self._brier += float((probabilities.square().sum(1) - 2 * (-nll).exp() + 1).sum())

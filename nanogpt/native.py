@@ -157,6 +157,19 @@ def training_unfit(shape: "GPTConfig", *, bf16: bool) -> str:
     return reason
 
 
+def softmax_moments(z: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-sum-exp of beta z, and mean and variance of z under softmax(beta z); each (n, K).
+
+    Args:
+        z: (n, V) float64 on the CPU; the largest number of a row is 0, others may be -inf.
+        betas: (K,) or (n, K) float64, all above 0.
+    """
+    found = _load()[0].softmax_moments(
+        z.contiguous().numpy(), betas.contiguous().numpy(), threads=torch.get_num_threads()
+    )
+    return tuple(map(torch.from_numpy, found))
+
+
 def turn(model: "GPT") -> "threading.RLock":
     """To be held while the model's engine writes: it has one context, whoever asks."""
     return _turns.setdefault(model, threading.RLock())

@@ -27,7 +27,7 @@ ALLOWED = {
     "memory": {"config"},
     "metadata": set(),
     "tilt": set(),
-    "calibration": set(),
+    "calibration": {"native"},
     "judge": set(),
     "text_rewards": set(),
     "rewards": PURE | {"native", "text_rewards", "_C"},

@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanogpt import native
 from nanogpt.calibration import (
     PerTokenTemperature,
     TemperatureScaler,
     TokenStatistics,
+    _moments,
     calibration_report,
     paired_difference,
     wilson_interval,
 )
+from nanogpt.errors import UsageError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,6 +108,75 @@ def test_d3_a_known_temperature_is_recovered():
     assert not before.is_consistent
     assert scaler.nll_before_ == pytest.approx(1.63147, abs=0.03)
     assert scaler.nll_after_ == pytest.approx(1.33753, abs=0.03)
+
+
+built = pytest.mark.skipif(not native.available(), reason="the native engine is not built")
+
+
+def hard_rows(count: int, classes: int) -> torch.Tensor:
+    """Rows from narrow to wider than a double's exponent, with impossible classes."""
+    g = generator(classes)
+    z = torch.randn(count, classes, generator=g, dtype=torch.float64)
+    z *= torch.logspace(-3, 300, count, dtype=torch.float64)[:, None]
+    z[torch.rand(count, classes, generator=g) < 0.1] = -math.inf
+    z[:, 0] = z[:, 0].clamp_min(-1e4)
+    return z - z.amax(1, keepdim=True)
+
+
+@built
+@pytest.mark.parametrize("set_of_instructions", ["scalar", "avx2", "avx512", "avx512_bf16", "neon"])
+@pytest.mark.parametrize(("count", "classes"), [(1, 1), (3, 2), (40, 65), (5, 511), (2, 50_257)])
+def test_the_engines_sums_are_those_of_torch(monkeypatch, set_of_instructions, count, classes):
+    monkeypatch.setenv("NANOGPT_ISA", set_of_instructions)
+    z = hard_rows(count, classes)
+    shared = tensor(0.05, 0.7, 1.0, 20.0)
+    try:
+        found = [native.softmax_moments(z, shared)]
+    except UsageError:
+        pytest.skip(f"this CPU lacks {set_of_instructions}")
+    own = shared * torch.rand(count, 1, generator=generator(), dtype=torch.float64)
+    found.append(native.softmax_moments(z, own))
+    monkeypatch.setattr(native, "available", lambda: False)
+    for got, betas in zip(found, (shared, own), strict=True):
+        want = _moments(z, betas)
+        scale = (tensor(1.0), want[1].abs(), want[2] + want[1].square())
+        for ours, theirs, size in zip(got, want, scale, strict=True):
+            assert ours.shape == theirs.shape == (count, 4)
+            assert bool(((ours - theirs).abs() <= 1e-13 * size).all())
+
+
+@built
+def test_the_engines_sums_do_not_depend_on_the_number_of_threads():
+    z, betas = hard_rows(501, 65), tensor(0.3, 1.0)
+    alone = native.softmax_moments(z, betas)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        try:
+            among = native.softmax_moments(z, betas)
+        finally:
+            torch.set_num_threads(1)
+        assert all(map(torch.equal, alone, among))
+
+
+@built
+@pytest.mark.parametrize("shapes", [((3,), (1,)), ((3, 0), (1,)), ((3, 2), (2, 1)), ((3, 2), ())])
+def test_the_engine_refuses_shapes_that_do_not_fit(shapes):
+    z, betas = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+    with pytest.raises(UsageError, match="betas"):
+        native.softmax_moments(z, betas)
+
+
+@built
+def test_fits_without_the_engine_are_the_same(monkeypatch):
+    logits, labels = random_case(5_000)
+    ours = TemperatureScaler().fit(logits, labels)
+    features = PerTokenTemperature(ours.temperature_).fit_batches(lambda: [(logits, labels, None)])
+    monkeypatch.setattr(native, "available", lambda: False)
+    plain = TemperatureScaler().fit(logits, labels)
+    assert plain.temperature_ == pytest.approx(ours.temperature_, rel=1e-11)
+    assert plain.temperature_se_ == pytest.approx(ours.temperature_se_, rel=1e-9)
+    again = PerTokenTemperature(ours.temperature_).fit_batches(lambda: [(logits, labels, None)])
+    assert again.weights_ == pytest.approx(features.weights_, rel=1e-6)
 
 
 @pytest.mark.parametrize("every_16th", [None, 6.0, 0.08, 1e-9])

@@ -99,6 +99,10 @@ struct Kernels {
   // keys * kLanes floats.
   void (*attend)(const float* q, int width, const float* k, const float* v, int64_t first,
                  int64_t keys, int64_t head_width, float scale, float* scores, float* out);
+
+  // For each beta > 0 the sums of exp(beta z), z exp(beta z) and z^2 exp(beta z) over a row of n
+  // numbers z <= 0, of which some may be -inf: out (count, 3).
+  void (*softmax_sums)(const double* z, int64_t n, const double* betas, int count, double* out);
 };
 
 // Rows that gemm_* take at a time: work is best cut into multiples of it.

@@ -45,6 +45,9 @@ struct Isa {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
   }
 
+  using D = __m256d;
+  static D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+
   static I int_zero() { return _mm256_setzero_si256(); }
   static I load_ints(const int16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -34,6 +34,9 @@ struct Isa {
   static float total(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
 
+  using D = __m512d;
+  static D fma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+
   static I int_zero() { return _mm512_setzero_si512(); }
   static I load_ints(const int16_t* p) { return _mm512_loadu_si512(p); }
   static void store_ints(int16_t* p, I x) { _mm512_storeu_si512(p, x); }

@@ -4,7 +4,7 @@
 // with the rest of the program.
 //
 // Isa gives: W lanes; F (W floats), I (W int32 sums), with load store zero set fma add sub mul div
-// max round, bf16 loads, int16 products and reductions.
+// max round, bf16 loads, int16 products and reductions; D (doubles) with fma.
 
 #include <stdint.h>
 #include <string.h>
@@ -963,6 +963,11 @@ void attend(const float* q, int width, const float* k, const float* v, int64_t f
 }
 
 }  // namespace
+}  // namespace nanogpt
+
+#include "engine/softmax_loops.h"
+
+namespace nanogpt {
 
 #if defined(NANOGPT_BF16_DOT)
 #define NANOGPT_PAIRS true
@@ -995,6 +1000,7 @@ const Kernels NANOGPT_KERNELS = {
     pack_bf16,
     pack_i16,
     attend,
+    softmax_sums,
 };
 
 }  // namespace nanogpt

@@ -17,6 +17,8 @@ struct Isa {
   static F load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, F x) { vst1q_f32(p, x); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  using D = float64x2_t;
+  static D fma(D a, D b, D c) { return vfmaq_f64(c, a, b); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }

@@ -17,6 +17,9 @@ struct Isa {
     uint16_t u[2 * W];
   };
 
+  typedef double D __attribute__((vector_size(16)));
+  static D fma(D a, D b, D c) { return a * b + c; }
+
   template <typename Function>
   static F each(Function f) {
     F out;

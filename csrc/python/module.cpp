@@ -25,6 +25,7 @@
 #include "engine/model_file.h"
 #include "engine/rewards.h"
 #include "engine/sampler.h"
+#include "engine/softmax_moments.h"
 #include "engine/text.h"
 #include "engine/thread_pool.h"
 #include "engine/tokenizer.h"
@@ -53,6 +54,27 @@ using nanogpt::Weights;
 
 using Floats = py::array_t<float, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
+
+// (log_total, mean, variance), each (n, K), of z (n, V) at betas (K,) or (n, K).
+py::tuple moments_of(const Doubles& z, const Doubles& betas, int threads) {
+  const bool shared = betas.ndim() == 1;
+  if (z.ndim() != 2 || z.shape(1) < 1 || betas.ndim() < 1 || betas.ndim() > 2 ||
+      (!shared && betas.shape(0) != z.shape(0)) || betas.shape(betas.ndim() - 1) > 1000) {
+    throw UsageError("z is (n, V) and betas (K,) or (n, K), with V at least 1 and K at most 1000");
+  }
+  if (threads < 1) throw UsageError("threads must be 1 or more");
+  const int64_t rows = z.shape(0), count = betas.shape(betas.ndim() - 1);
+  Doubles out[3];
+  for (Doubles& each : out) each = Doubles({rows, count});
+  double* to[3] = {out[0].mutable_data(), out[1].mutable_data(), out[2].mutable_data()};
+  const double *from = z.data(), *by = betas.data();
+  {
+    py::gil_scoped_release release;
+    nanogpt::softmax_moments(from, rows, z.shape(1), by, static_cast<int>(count),
+                             shared ? 0 : count, threads, to[0], to[1], to[2]);
+  }
+  return py::make_tuple(out[0], out[1], out[2]);
+}
 
 // Ids from a list or an integer array of one dimension, each checked before it becomes 32 bits.
 std::vector<int32_t> ids_of(const py::handle& object, int64_t vocab_size) {
@@ -815,6 +837,10 @@ void bind_sampling(py::module_& module) {
   module.def("gumbel", &nanogpt::gumbel, "seed"_a, "id"_a, "position"_a, "row"_a, "stream"_a,
              "-log(-log u) of one id at one place.");
   module.def("window_start", &nanogpt::window_start, "length"_a, "block_size"_a);
+  module.def("softmax_moments", &moments_of, "z"_a, "betas"_a, py::kw_only(), "threads"_a = 1,
+             "(log_total, mean, variance), each (n, K) float64: log-sum-exp of beta z, and mean and\n"
+             "variance of z under softmax(beta z), of every row of z (n, V) at betas (K,) or (n, K),\n"
+             "all above 0. The largest number of a row is 0; the others may be -inf.");
   module.def("usable_cpus", &nanogpt::usable_cpus, "CPUs that this process may use.");
 }
 
