@@ -837,10 +837,11 @@ void bind_sampling(py::module_& module) {
   module.def("gumbel", &nanogpt::gumbel, "seed"_a, "id"_a, "position"_a, "row"_a, "stream"_a,
              "-log(-log u) of one id at one place.");
   module.def("window_start", &nanogpt::window_start, "length"_a, "block_size"_a);
-  module.def("softmax_moments", &moments_of, "z"_a, "betas"_a, py::kw_only(), "threads"_a = 1,
-             "(log_total, mean, variance), each (n, K) float64: log-sum-exp of beta z, and mean and\n"
-             "variance of z under softmax(beta z), of every row of z (n, V) at betas (K,) or (n, K),\n"
-             "all above 0. The largest number of a row is 0; the others may be -inf.");
+  module.def(
+      "softmax_moments", &moments_of, "z"_a, "betas"_a, py::kw_only(), "threads"_a = 1,
+      "(log_total, mean, variance), each (n, K) float64: log-sum-exp of beta z, and mean and\n"
+      "variance of z under softmax(beta z), of every row of z (n, V) at betas (K,) or (n, K),\n"
+      "all above 0. The largest number of a row is 0; the others may be -inf.");
   module.def("usable_cpus", &nanogpt::usable_cpus, "CPUs that this process may use.");
 }
 
