@@ -24,8 +24,8 @@ Batches = Callable[[], Iterable[Batch]]
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 FEW_TOKENS = 1000
-# Float64 numbers of logits that are worked on at once: 8 MiB, few enough for a processor's cache and
-# enough that torch's threads and the engine's seldom take turns; on a GPU as many as keep it busy.
+# Float64 numbers of logits that are worked on at once: 8 MiB, few enough for a processor's cache,
+# enough that the threads of torch and the engine seldom take turns; on a GPU, to keep it busy.
 _CHUNK_NUMBERS, _CHUNK_NUMBERS_GPU = 2**20, 2**24
 # Odd, so that beta = 1, in the middle of a symmetric range of log beta, is one of them.
 _GRID_POINTS = 13
