@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import re
@@ -25,6 +26,13 @@ _GROUP_FILES = (
     ),
 )
 """Limit and use of the group of processes that this one belongs to, in its two versions."""
+_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+)
+"""What the message of a RuntimeError says where the main memory has run out."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -116,6 +124,20 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on the device or in main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def give_back_memory() -> None:
+    """Give back what torch keeps of a computation that was cut off."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def available_bytes(device: torch.device) -> int | None:

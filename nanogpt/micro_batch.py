@@ -5,7 +5,6 @@ repeated. A run that goes on from an older checkpoint therefore computes every s
 the size that it had, and ends with the same weights as one that was never interrupted.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,20 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanogpt import machine
 from nanogpt.errors import NanoGPTError
 from nanogpt.plan import Plan
 from nanogpt.run_directory import RunDirectory
 from nanogpt.trainer import Trainer
 
 _NAME = "micro_batches"
-_SIGNS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "std::bad_alloc",
-    "Cannot allocate memory",
-)
-"""What the message of a RuntimeError says where the main memory has run out."""
-
 Step = Callable[[Plan, Trainer, Callable[..., Any], np.ndarray], tuple[float, float]]
 
 
@@ -64,7 +56,7 @@ class MicroBatches:
             try:
                 return step(replace(self._plan, micro_batch_size=size), trainer, model, windows)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not machine.is_out_of_memory(error):
                     raise
                 message = str(error).splitlines()[0] if str(error) else type(error).__name__
             # Out of the handler: the error's traceback holds on to the activations.
@@ -112,16 +104,7 @@ def stored_sizes(folder: RunDirectory) -> list[list[int]] | None:
     return pairs if any(first == 0 for first, _ in pairs) else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on the device or in main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
 def _discard(trainer: Trainer) -> None:
     """Forget a step that was cut off, and give its memory back."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    machine.give_back_memory()

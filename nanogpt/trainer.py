@@ -255,6 +255,8 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per target over all of `tokens`, in consecutive windows of the context.
 
+    Where memory runs out fewer windows are computed at once.
+
     Args:
         tokens: (n,) ids, n >= 2; the n - 1 targets count once each.
         native: computes it, where it is given, from the same weights.
@@ -262,22 +264,43 @@ def evaluate(
     was_training = model.training
     model.eval()
     block = model.config.block_size
-    batch = evaluation_batch(model.config, device.type)
+    size = evaluation_batch(model.config, device.type)
     total, count = 0.0, 0
     for starts, length in validation_windows(len(tokens), block):
-        for first in range(0, len(starts), batch):
-            windows = gather(tokens, starts[first : first + batch], length)
-            if native is not None:
-                loss = native.loss(windows)
-            else:
-                part = torch.from_numpy(windows).to(device)
-                with machine.autocast(device, dtype):
-                    loss = float(model(part[:, :-1], part[:, 1:], return_logits=False)[1])
+        first = 0
+        while first < len(starts):
+            windows = gather(tokens, starts[first : first + size], length)
+            loss = _loss_or_none(model, windows, device, dtype, native)
+            if loss is None:
+                machine.give_back_memory()
+                size = len(windows) // 2
+                continue
+            first += len(windows)
             targets = len(windows) * length
             total += loss * targets
             count += targets
     model.train(was_training)
     return total / count
+
+
+def _loss_or_none(
+    model: GPT,
+    windows: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+    native: NativeStep | None,
+) -> float | None:
+    """Mean loss of (B, T + 1) windows; None where several of them do not fit into memory."""
+    try:
+        if native is not None:
+            return native.loss(windows)
+        part = torch.from_numpy(windows).to(device)
+        with machine.autocast(device, dtype):
+            return float(model(part[:, :-1], part[:, 1:], return_logits=False)[1])
+    except (RuntimeError, MemoryError) as error:
+        if len(windows) == 1 or not machine.is_out_of_memory(error):
+            raise
+    return None
 
 
 def overfits(recent: list[list[float]]) -> bool:

@@ -20,6 +20,7 @@ from nanogpt.config import PRESETS, GPTConfig
 from nanogpt.memory import Workload, forecast, largest_batch, step_bytes
 from nanogpt.native_step import NativeStep, unfit
 from nanogpt.run_directory import RunDirectory
+from nanogpt.trainer import evaluate
 
 SMALL = ("--n-layer", 2, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
 QUICK = (*SMALL, "--sample-tokens", 0, "--no-tensorboard", "--max-steps", 8, "--eval-interval", 4)
@@ -276,6 +277,41 @@ def test_other_errors_are_not_taken_for_too_little_memory(train, monkeypatch):
     outcome = train()
     assert outcome.code == 1
     assert "out of memory" not in outcome.err
+
+
+@pytest.mark.parametrize("largest", [3, 1, 0])
+def test_an_evaluation_that_does_not_fit_is_computed_in_smaller_parts(monkeypatch, largest):
+    model = GPT(vocab_size=28, n_layer=1, n_head=2, n_embd=16, block_size=8)
+    tokens, device = np.random.default_rng(0).integers(0, 28, 203), torch.device("cpu")
+    whole = evaluate(model, tokens, device=device)
+    real, sizes = GPT.forward, []
+
+    def forward(self, inputs, *arguments, **options):
+        sizes.append(len(inputs))
+        if len(inputs) > largest:
+            raise RuntimeError("std::bad_alloc")
+        return real(self, inputs, *arguments, **options)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    if not largest:
+        with pytest.raises(RuntimeError, match="bad_alloc"):
+            evaluate(model, tokens, device=device)
+        return
+    assert evaluate(model, tokens, device=device) == pytest.approx(whole, rel=1e-6)
+    fitting = [size for size in sizes if size <= largest]
+    assert sum(fitting) == 202 // 8 + 1
+    assert len(sizes) - len(fitting) == {3: 3, 1: 4}[largest]
+
+
+def test_an_evaluation_that_fails_otherwise_is_no_question_of_memory(monkeypatch):
+    model = GPT(vocab_size=28, n_layer=1, n_head=2, n_embd=16, block_size=8)
+
+    def forward(*arguments, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(RuntimeError, match="mat1"):
+        evaluate(model, np.zeros(200, dtype=np.int64), device=torch.device("cpu"))
 
 
 def test_a_damaged_list_of_sizes_is_not_used(tmp_path):
