@@ -60,7 +60,7 @@ ALLOWED = {
     "native_step": {"config", "machine", "model", "muon", "native"},
     "plan": FILES | {"native_step", "recipe", "run_directory"},
     "trainer": FILES | {"muon", "native_step", "plan", "recipe", "run_directory"},
-    "micro_batch": {"errors", "plan", "run_directory", "trainer"},
+    "micro_batch": {"errors", "machine", "plan", "run_directory", "trainer"},
     "reward_data": {"errors"},
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "recipe", "records", "tilt", "trainer"},
