@@ -16,15 +16,13 @@ SHAPES = {
     "M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 96},
 }
 
-# Shape and new tokens of a text within the context.
-BESIDE = {
-    "M": (SHAPES["M"], 240),
-    "L": (
-        {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
-        | {"bias": True},
-        64,
-    ),
-}
+LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
+# Shape and new tokens of texts within the context, and rounds.
+BESIDE = [
+    ("M", SHAPES["M"], 240, 5),
+    ("L", LARGE | {"bias": True}, 64, 5),
+    ("L", LARGE | {"bias": True}, 256, 3),
+]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -57,13 +55,14 @@ def test_generation(benchmark, record, ceilings, name, beyond):
 
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
-@pytest.mark.parametrize("name", BESIDE)
-def test_generation_beside_others(benchmark, record, ceilings, nanogpt_if_any, name, engine):
+@pytest.mark.parametrize(("name", "shape", "count", "rounds"), BESIDE)
+def test_generation_beside_others(
+    benchmark, record, ceilings, nanogpt_if_any, name, shape, count, rounds, engine
+):
     """One text, sampled alike: nanoGPT, which has no cache, and transformers with its cache.
 
     `torch` is what GPT.generate runs without being asked; `native` is what `sample` picks.
     """
-    shape, count = BESIDE[name]
     model = GPT(**shape).eval()
     reason = native.unfit(model)
     if engine == "native" and reason is not None:
@@ -82,7 +81,7 @@ def test_generation_beside_others(benchmark, record, ceilings, nanogpt_if_any, n
         out = model.generate(prompt, count, seed=1, engine=engine)
         assert out.shape == (1, 16 + count)
 
-    times = median_seconds({"ours": ours, **peers}, rounds=5)
+    times = median_seconds({"ours": ours, **peers}, rounds=rounds)
     benchmark.pedantic(ours, rounds=3)
     weights = model.config.n_parameters(positions=False) * 4
     record(

@@ -16,10 +16,11 @@ from nanogpt import machine
 from nanogpt.errors import NanoGPTError
 from nanogpt.plan import Plan
 from nanogpt.run_directory import RunDirectory
-from nanogpt.trainer import Trainer
+from nanogpt.trainer import Outcome, Trainer
 
 _NAME = "micro_batches"
-Step = Callable[[Plan, Trainer, Callable[..., Any], np.ndarray], tuple[float, float]]
+Result = tuple[float, float] | Outcome
+Step = Callable[[Plan, Trainer, Callable[..., Any], np.ndarray], Result]
 
 
 class MicroBatches:
@@ -41,7 +42,7 @@ class MicroBatches:
 
     def take(
         self, step: Step, trainer: Trainer, model: Callable[..., Any], windows: np.ndarray
-    ) -> tuple[float, float]:
+    ) -> Result:
         """One optimizer step, repeated with half the micro-batch until it fits.
 
         The effective batch and its windows stay, and what was computed of it is discarded: the

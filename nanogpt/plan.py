@@ -68,6 +68,10 @@ class Plan:
     choices: dict[str, str]
     engine: str = "torch"
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether so many steps are followed by an evaluation and a checkpoint."""
+        return step == self.total_steps or step % self.eval_interval == 0
+
     def learning_rate(self, step: int) -> float:
         """Of a step; what is Muon's has a multiple of it."""
         return self.recipe.rate(

@@ -11,7 +11,7 @@ from nanogpt.data import Corpus, gather
 from nanogpt.model import GPT
 from nanogpt.plan import choose_kernels, choose_step, machine_choices, make_plan
 from nanogpt.tokenizer import CharTokenizer
-from nanogpt.trainer import make_trainer, optimizer_step
+from nanogpt.trainer import Outcome, make_trainer, optimizer_step
 
 _FIRST_CHARACTER = 0x100
 
@@ -49,9 +49,9 @@ class Rehearsal:
         if windows is None:
             starts = self.plan.order.starts(position.step)
             windows = gather(self._tokens, starts, self.plan.shape.block_size)
-        loss, _ = optimizer_step(self.plan, self.trainer, self._model, windows)
+        outcome = optimizer_step(self.plan, self.trainer, self._model, windows)
         position.step += 1
-        return loss
+        return (outcome.read() if isinstance(outcome, Outcome) else outcome)[0]
 
 
 def random_corpus(vocab_size: int, n_tokens: int) -> Corpus:

@@ -56,8 +56,10 @@ from nanogpt.reporter import Reporter, flags_as_text
 from nanogpt.run_directory import Checkpoint, RunDirectory
 from nanogpt.saver import Saver
 from nanogpt.trainer import (
+    Outcome,
     Position,
     Trainer,
+    can_defer,
     evaluate,
     make_trainer,
     optimizer_step,
@@ -157,44 +159,53 @@ def _train(
     train_tokens, val_tokens = corpus.split(config.val_fraction)
     model: Callable[..., Any] = torch.compile(trainer.model) if config.compile else trainer.model
     trainer.model.train()
+    trainer.deferring = can_defer(plan, trainer)
     earlier_seconds = position.seconds
-    failures = 0
     bar = TrainingProgress(plan.total_steps, position.step, quiet=config.json)
     sizes = MicroBatches(plan, folder, partial(_tell, folder, bar))
+    began = time.perf_counter()
+
+    def tick() -> None:
+        nonlocal began
+        now = time.perf_counter()
+        position.row_seconds += now - began
+        began = now
+
+    def write(row: dict[str, Any]) -> None:
+        position.seconds = earlier_seconds + seconds_since_start()
+        row["seconds"] = round(position.seconds, 3)
+        folder.append("metrics.jsonl", row)
+        reporter.scalars(row)
+
+    def noted(step: int) -> None:
+        nonlocal began
+        tick()
+        if step % plan.log_interval == 0 and not plan.evaluates_after(step):
+            write(_metrics_row(plan, position, step))
+            began = time.perf_counter()
+
+    losses = _Losses(position, folder, bar, noted)
     with bar, saver, signals_noted() as received:
         while position.step < plan.total_steps and not received:
-            step_started = time.perf_counter()
+            began = time.perf_counter()
             starts = plan.order.starts(position.step)
             windows = gather(train_tokens, starts, plan.shape.block_size)  # (B, T + 1)
-            loss, grad_norm = sizes.take(optimizer_step, trainer, model, windows)
+            outcome = sizes.take(optimizer_step, trainer, model, windows)
             position.step += 1
-            position.row_seconds += time.perf_counter() - step_started
             position.row_tokens += len(starts) * plan.shape.block_size
-
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                position.loss_sum += loss
-                position.loss_count += 1
-                failures = 0
-            else:
-                failures += 1
-                _report_skipped(position, folder, bar, loss, grad_norm, failures)
-            bar.update(position.step, loss, position.row_tokens / max(position.row_seconds, 1e-9))
-
             position.finished = position.step == plan.total_steps
-            evaluate_now = position.finished or position.step % plan.eval_interval == 0
-            if not evaluate_now and position.step % plan.log_interval:
-                continue
-            row = _metrics_row(plan, position)
+            evaluate_now = plan.evaluates_after(position.step)
+            losses.add(position.step, outcome, late=not (evaluate_now or received))
+            tick()
+            losses.show()
             if evaluate_now:
+                row = _metrics_row(plan, position, position.step)
                 row |= _evaluate_and_judge(plan, trainer, val_tokens, row, folder, bar)
-            position.seconds = earlier_seconds + seconds_since_start()
-            row["seconds"] = round(position.seconds, 3)
-            folder.append("metrics.jsonl", row)
-            reporter.scalars(row)
-            if evaluate_now:
+                write(row)
                 _write_sample(plan, trainer, folder, reporter)
                 _save_checkpoint(trainer, saver)
                 _show_so_far(reporter, position, bar)
+        losses.settle()
         position.seconds = earlier_seconds + seconds_since_start()
         if received and not position.finished:
             name = signal.Signals(received[0]).name
@@ -207,14 +218,14 @@ def _train(
     return None
 
 
-def _metrics_row(plan: Plan, position: Position) -> dict[str, Any]:
+def _metrics_row(plan: Plan, position: Position, step: int) -> dict[str, Any]:
     """The line of metrics for the steps since the last one, whose counters start again."""
     mean = position.loss_sum / position.loss_count if position.loss_count else None
     row = {
-        "step": position.step,
-        "epoch": round(position.step / plan.order.steps_per_epoch, 4),
+        "step": step,
+        "epoch": round(step / plan.order.steps_per_epoch, 4),
         "train_loss": mean,
-        "learning_rate": plan.learning_rate(position.step - 1),
+        "learning_rate": plan.learning_rate(step - 1),
         "tokens_per_second": round(position.row_tokens / max(position.row_seconds, 1e-9), 1),
     }
     position.loss_sum, position.loss_count = 0.0, 0
@@ -255,22 +266,74 @@ def _evaluate_and_judge(
     return {"val_loss": val_loss, "val_bits_per_byte": bits}
 
 
-def _report_skipped(
-    position: Position,
-    folder: RunDirectory,
-    bar: TrainingProgress,
-    loss: float,
-    grad_norm: float,
-    failures: int,
-) -> None:
-    position.skipped_steps += 1
-    message = f"step {position.step:,} was skipped: loss {loss:g}, gradient norm {grad_norm:g}"
-    _event(folder, bar, position.step, "skipped", message)
-    if failures >= _DIVERGED_AFTER:
-        raise NanoGPTError(
-            f"{failures} steps in a row had no finite loss and gradient: a smaller "
-            f"--learning-rate or --dtype float32 may help"
-        )
+class _Losses:
+    """Takes note of what every step came to, and of steps that were skipped.
+
+    Reading an `Outcome` waits for the device: it is read one step late, when the device has the
+    next step to do.
+
+    Args:
+        noted: called with the number of each step, in order, whose outcome is known.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        folder: RunDirectory,
+        bar: TrainingProgress,
+        noted: Callable[[int], None],
+    ) -> None:
+        self._position, self._folder, self._bar, self._noted = position, folder, bar, noted
+        self._waiting: list[tuple[int, Outcome]] = []
+        self._failures = 0
+        self._last: tuple[int, float] | None = None
+
+    def add(self, step: int, outcome: tuple[float, float] | Outcome, *, late: bool) -> None:
+        """Note a step.
+
+        Args:
+            late: its outcome may be read with the next one.
+        Raises: NanoGPTError where many steps in a row have failed.
+        """
+        if isinstance(outcome, Outcome):
+            self._waiting.append((step, outcome))
+        else:
+            self._note(step, *outcome)
+        self.settle(but=int(late))
+
+    def settle(self, but: int = 0) -> None:
+        """Read what is waiting, `but` so many."""
+        while len(self._waiting) > but:
+            step, outcome = self._waiting.pop(0)
+            self._note(step, *outcome.read())
+
+    def show(self) -> None:
+        """The last loss that is known, on the screen."""
+        if self._last is not None:
+            position = self._position
+            rate = position.row_tokens / max(position.row_seconds, 1e-9)
+            self._bar.update(*self._last, rate)
+
+    def _note(self, step: int, loss: float, grad_norm: float) -> None:
+        self._last = (step, loss)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._position.loss_sum += loss
+            self._position.loss_count += 1
+            self._failures = 0
+        else:
+            self._skipped(step, loss, grad_norm)
+        self._noted(step)
+
+    def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        self._failures += 1
+        self._position.skipped_steps += 1
+        message = f"step {step:,} was skipped: loss {loss:g}, gradient norm {grad_norm:g}"
+        _event(self._folder, self._bar, step, "skipped", message)
+        if self._failures >= _DIVERGED_AFTER:
+            raise NanoGPTError(
+                f"{self._failures} steps in a row had no finite loss and gradient: a smaller "
+                f"--learning-rate or --dtype float32 may help"
+            )
 
 
 def _event(folder: RunDirectory, bar: TrainingProgress, step: int, kind: str, message: str) -> None:

@@ -50,6 +50,7 @@ class Trainer:
 
     Attributes:
         native: computes the steps where the native engine does, else None.
+        deferring: whether `optimizer_step` gives an `Outcome` that nothing has waited for.
     """
 
     model: GPT
@@ -57,6 +58,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     position: Position
     native: NativeStep | None = None
+    deferring: bool = False
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -184,9 +186,43 @@ def reserve_moments(optimizer: torch.optim.Optimizer) -> None:
             start_state(optimizer, group, parameter)
 
 
+class Outcome:
+    """Loss and gradient norm of a step, on their way from the device to the main memory.
+
+    Args:
+        values: (2,) on the device.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self._done: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            # Of this step alone: the device may have the next one to do while it is waited for.
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> tuple[float, float]:
+        """Waits for the step, and for nothing that was begun after it."""
+        if self._done is not None:
+            self._done.synchronize()
+        loss, grad_norm = self._values.tolist()
+        return loss, grad_norm
+
+
+def can_defer(plan: Plan, trainer: Trainer) -> bool:
+    """Whether the device can decide by itself that a step is skipped.
+
+    Torch's fused AdamW can; a scaler of float16 and Muon ask the host.
+    """
+    fused = isinstance(trainer.optimizer, torch.optim.AdamW)
+    return plan.device.type == "cuda" and fused and not trainer.scaler.is_enabled()
+
+
 def optimizer_step(
     plan: Plan, trainer: Trainer, model: Callable[..., Any], windows: np.ndarray
-) -> tuple[float, float]:
+) -> tuple[float, float] | Outcome:
     """One step over a batch of windows (B, T + 1): mean loss in nats and the gradient's norm.
 
     The weights stay as they are where either is not finite.
@@ -196,24 +232,39 @@ def optimizer_step(
         group["lr"] = plan.learning_rate(position.step) * group.get("rate", 1.0)
     if trainer.native is not None:
         return _native_step(plan, trainer, trainer.native, windows)
-    total = 0.0
+    total = torch.zeros((), device=plan.device)
     for index, first in enumerate(range(0, len(windows), plan.micro_batch_size)):
-        part = torch.from_numpy(windows[first : first + plan.micro_batch_size]).to(plan.device)
+        part = _on_device(windows[first : first + plan.micro_batch_size], plan.device)
         if plan.shape.dropout:
             seed_dropout(config.seed, position.step, index)
         with machine.autocast(plan.device, plan.dtype):
             _, loss = model(part[:, :-1], part[:, 1:], return_logits=False)
         loss = loss * (len(part) / len(windows))  # windows are equally long: a mean over targets
         trainer.scaler.scale(loss).backward()
-        total += float(loss.detach())
+        total = total + loss.detach()
     trainer.scaler.unscale_(trainer.optimizer)
     limit = config.grad_clip or math.inf
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
-    if math.isfinite(total) and math.isfinite(grad_norm):
+    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    outcome = Outcome(torch.stack([total, norm.to(total)]))
+    if trainer.deferring:
+        is_finite = torch.isfinite(total) & torch.isfinite(norm)
+        optimizer: Any = trainer.optimizer
+        optimizer.found_inf = (~is_finite).to(torch.float32)  # as a GradScaler tells it
+        optimizer.step()
+        del optimizer.found_inf
+    elif all(map(math.isfinite, outcome.read())):
         trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return outcome if trainer.deferring else outcome.read()
+
+
+def _on_device(windows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Windows where they are computed; a GPU fetches them while it is busy."""
+    tokens = torch.from_numpy(windows)
+    if device.type == "cuda":
+        return tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(device)
 
 
 def _native_step(

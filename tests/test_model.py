@@ -344,3 +344,17 @@ def test_metadata_with_the_options_off_are_those_of_a_plain_model():
     GPT(**SHAPE).load_state_dict(
         {**dict(model.named_parameters()), metadata.KEY: metadata.to_tensor(content)}
     )
+
+
+@pytest.mark.parametrize("width", [16, 128, 768])
+def test_the_quick_beginning_is_as_uncertain_at_every_width(width):
+    torch.manual_seed(0)
+    model = GPT(**SHAPE | {"n_embd": width, "vocab_size": 500, "rotary": True, "qk_norm": True})
+    model.begin_quickly()
+    tokens = torch.randint(500, (16, model.config.block_size + 1))
+    logits, loss = model(tokens[:, :-1], tokens[:, 1:])
+    own = logits.gather(2, tokens[:, :-1, None])
+    assert float(own.detach().mean()) == pytest.approx(3.2, abs=0.35)
+    assert math.log(500) < float(loss.detach()) < math.log(500) + 0.8
+    blocks = model.transformer["h"]
+    assert all(not block.attn.c_proj.weight.any() for block in blocks)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ import nanogpt as package
 from nanogpt import checkpoint, native
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
+from nanogpt.muon import Muon
 from nanogpt.native_step import NativeStep
 from nanogpt.plan import first_difference
 from nanogpt.run_directory import RunDirectory
-from nanogpt.trainer import evaluate, overfits
+from nanogpt.trainer import Outcome, can_defer, evaluate, overfits
 
 SMALL = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
 QUICK = (*SMALL, "--sample-tokens", 8, "--no-tensorboard")
@@ -374,6 +376,69 @@ def test_a_run_that_only_diverges_ends_with_a_sentence(train, text_file, norms):
     outcome = train("--text", text_file, "--max-steps", 150, *flags)
     assert outcome.code == 1
     assert "100 steps in a row had no finite loss" in outcome.err
+
+
+def without_times(run_dir):
+    timing = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows(run_dir)]
+
+
+@pytest.mark.parametrize("broken", [None, 3, 8])
+@pytest.mark.parametrize("cut", [None, 5])
+def test_steps_that_are_read_late_are_the_same_steps(train, text_file, monkeypatch, broken, cut):
+    """As on a GPU, which decides by itself whether a step is skipped."""
+    common = ("--text", text_file, "--max-steps", 12, "--eval-interval", 4,
+              "--micro-batch-size", 3, "--dropout", 0.1, "--kernels", "torch")  # fmt: skip
+    real, reads, steps = torch.nn.utils.clip_grad_norm_, [], []
+
+    def norm(parameters, limit):
+        parameters = list(parameters)
+        steps.append(1)
+        if len(steps) == broken:
+            parameters[0].grad.fill_(math.nan)
+        return real(parameters, limit)
+
+    def read(self):
+        reads.append(len(steps))
+        return real_read(self)
+
+    real_read = Outcome.read
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    monkeypatch.setattr(Outcome, "read", read)
+    assert train(*common, "--output", "now.pth", "--run-dir", "now").code == 0
+    steps.clear()
+    reads.clear()
+
+    monkeypatch.setattr(train_module, "can_defer", lambda plan, trainer: True)
+    flags = (*common, "--output", "late.pth", "--run-dir", "late")
+    if cut is not None:
+        go_on = interrupted_at(monkeypatch, cut)
+        assert train(*flags).code == 143
+        go_on()
+    assert train(*flags).code == 0
+    assert without_times("late") == without_times("now")
+    assert Path("late.pth").read_bytes() == Path("now.pth").read_bytes()
+    if cut is None:
+        # Every step is read when the next one has been begun, but those before an evaluation.
+        assert reads == [2, 3, 4, 4, 6, 7, 8, 8, 10, 11, 12, 12]
+    events = rows("late", "events.jsonl") if Path("late/events.jsonl").exists() else []
+    skipped = [row["step"] for row in events if row["kind"] == "skipped"]
+    assert skipped == ([] if broken is None else [broken])
+
+
+def test_only_torchs_adamw_on_a_gpu_is_read_late(monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def of(device, optimizer, scaler=scaler):
+        trainer = SimpleNamespace(optimizer=optimizer, scaler=scaler)
+        return can_defer(SimpleNamespace(device=torch.device(device)), trainer)
+
+    adamw = torch.optim.AdamW([weight])
+    assert of("cuda", adamw)
+    assert not of("cpu", adamw)
+    assert not of("cuda", Muon([{"params": [weight], "lr": 1.0}]))
+    assert not of("cuda", adamw, torch.amp.GradScaler("cpu", enabled=True))
 
 
 def test_a_failed_checkpoint_leaves_the_run_going_on(train, text_file, monkeypatch):
