@@ -1,11 +1,16 @@
 """The Triton kernels of cross-entropy against float64, interpreted where there is no GPU."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from exactness import DEVICE, DTYPES, assert_exact, outputs_and_gradients, poisoned_memory
 
 from nanogpt.kernels import cross_entropy, linear_cross_entropy
 from nanogpt.kernels import cross_entropy_triton as kernels
+
+head = importlib.import_module("nanogpt.kernels.cross_entropy")  # whose name is the function's
 
 VOCABULARIES = [2, 65, 128, 300]
 
@@ -92,6 +97,52 @@ def test_the_head_in_chunks_is_as_exact_as_torchs(dtype, impl, chunk_rows):
     ours = outputs_and_gradients(loss(impl, limit), [hidden, weight])
     for got, peer, want in zip(ours, torchs, exact, strict=True):
         assert_exact(got, peer, want)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("vocabulary", [64, 65, 300])
+def test_rows_padded_for_tensor_cores_change_no_number(monkeypatch, impl, chunk_rows, vocabulary):
+    _, targets = random_rows(vocabulary, torch.float32)
+    targets[2] = -100
+    hidden = torch.randn(9, 16, device=DEVICE)
+    weight = torch.randn(vocabulary, 16, device=DEVICE) / 2
+    limit = None if chunk_rows is None else chunk_rows * 512 * 4
+    widths = []
+
+    def loss(h, w):
+        return 5 * linear_cross_entropy(h, w, targets, chunk_bytes=limit, impl=impl)
+
+    plain = outputs_and_gradients(loss, [hidden, weight])
+    length = -(-vocabulary // 64) * 64
+    monkeypatch.setattr(head, "_row_length", lambda v, h: widths.append(length) or length)
+    padded = outputs_and_gradients(loss, [hidden, weight])
+    assert widths or (impl == "torch" and limit is None)
+    for ours, want in zip(padded, plain, strict=True):
+        assert ours.shape == want.shape
+        assert torch.allclose(ours, want, rtol=1e-5, atol=1e-6)
+
+
+def test_columns_beyond_the_vocabulary_are_not_read_and_become_zero():
+    logits, targets = random_rows(65, torch.float32)
+    wide = torch.full((9, 128), float("nan"), device=DEVICE)
+    wide[:, :65] = logits
+    factor = torch.ones((), device=DEVICE)
+    losses = kernels.loss_and_gradient_in_place(wide, targets, factor, -100, 65)
+    alone = kernels.loss_and_gradient_in_place(logits, targets, factor, -100, 65)
+    assert torch.equal(losses, alone)
+    assert torch.equal(wide[:, :65], logits)
+    assert not wide[:, 65:].any()
+
+
+def test_only_half_precision_on_a_gpu_is_padded():
+    hidden = torch.empty(1, 1, dtype=torch.bfloat16)
+    assert head._row_length(50_257, hidden) == 50_257
+    on_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    assert head._row_length(50_257, on_gpu) == 50_304
+    assert head._row_length(50_304, on_gpu) == 50_304
+    on_gpu.element_size = lambda: 4
+    assert head._row_length(50_257, on_gpu) == 50_257
 
 
 def test_a_chunk_never_holds_more_logits_than_allowed(monkeypatch):

@@ -127,7 +127,7 @@ def opaque_calls():
             x, weight, number, number, x, x, torch.float16, torch.float32, True,
         ),
         "cross_entropy_forward": (x, targets, -100),
-        "cross_entropy_in_place": (x, targets, factor, -100),
+        "cross_entropy_in_place": (x, targets, factor, -100, x.shape[1] - 1),
         "cross_entropy_backward": (x, targets, number, factor, -100),
         "cross_entropy_scale": (x, factor),
     }  # fmt: skip

@@ -259,7 +259,12 @@ def cross_entropy_cases() -> Iterator[Case]:
             x = torch.empty(64, vocabulary, dtype=dtype, device="meta")
             calls = {
                 "forward": partial(entropy.forward, x, targets, -100),
-                "in place": partial(entropy.loss_and_gradient_in_place, x, targets, factor, -100),
+                "in place": partial(
+                    entropy.loss_and_gradient_in_place, x, targets, factor, -100, vocabulary
+                ),
+                "in place, padded": partial(
+                    entropy.loss_and_gradient_in_place, x, targets, factor, -100, vocabulary - 47
+                ),
                 "backward": partial(entropy.backward, x, targets, number, factor, -100),
                 "scale": partial(entropy.scale_in_place, x, factor),
             }

@@ -52,8 +52,8 @@ def _write_gradient(
 @triton.jit
 def _loss_kernel(
     p_logits, p_targets, p_loss, p_lse, p_grad, p_factor,
-    V, ignore_index, stride_n,
-    BV: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    V, N_V, ignore_index, stride_n,
+    BV: tl.constexpr, ONE_BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     # loss = log(sum_v exp x_v) - x_target, in nats
     i_n = tl.program_id(0).to(tl.int64)
@@ -84,6 +84,10 @@ def _loss_kernel(
         _write_gradient(
             p_row, p_grad + i_n * stride_n, b_x, i_target, counted, lse, factor, V, BV, ONE_BLOCK
         )
+        if PADDED:
+            o_v = V + tl.arange(0, PADDED)
+            b_zero = tl.zeros([PADDED], p_grad.dtype.element_ty)
+            tl.store(p_grad + i_n * stride_n + o_v, b_zero, o_v < N_V)
 
 
 @triton.jit
@@ -134,35 +138,47 @@ def forward(
         with device_of(logits):
             _loss_kernel[(len(logits),)](
                 logits, targets, losses, lse, None, None,
-                logits.shape[1], ignore_index, logits.stride(0),
-                BV=elements, ONE_BLOCK=False, num_warps=warps,
+                logits.shape[1], logits.shape[1], ignore_index, logits.stride(0),
+                BV=elements, ONE_BLOCK=False, PADDED=0, num_warps=warps,
             )  # fmt: skip
     return losses, lse
 
 
 def _in_place_fake(
-    logits: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor, ignore_index: int
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    factor: torch.Tensor,
+    ignore_index: int,
+    vocabulary: int,
 ) -> torch.Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 @operator("cross_entropy_in_place", _in_place_fake, ("logits",))
 def loss_and_gradient_in_place(
-    logits: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor, ignore_index: int
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    factor: torch.Tensor,
+    ignore_index: int,
+    vocabulary: int,
 ) -> torch.Tensor:
-    """Losses (N,) float32; the logits (N, V) become factor (softmax - one-hot).
+    """Losses (N,) float32; the logits become factor (softmax - one-hot), and zero beyond V.
 
     Args:
+        logits: (N, V) or wider rows, whose other columns are not read.
         factor: scalar float32 on the device.
+        vocabulary: V.
     """
-    losses = _in_place_fake(logits, targets, factor, ignore_index)
-    elements, warps = block(logits.shape[1])
+    losses = _in_place_fake(logits, targets, factor, ignore_index, vocabulary)
+    elements, warps = block(vocabulary)
+    padded = logits.shape[1] - vocabulary
     if len(logits):
         with device_of(logits):
             _loss_kernel[(len(logits),)](
                 logits, targets, losses, None, logits, factor,
-                logits.shape[1], ignore_index, logits.stride(0),
-                BV=elements, ONE_BLOCK=elements >= logits.shape[1], num_warps=warps,
+                vocabulary, logits.shape[1], ignore_index, logits.stride(0),
+                BV=elements, ONE_BLOCK=elements >= vocabulary,
+                PADDED=triton.next_power_of_2(padded) if padded else 0, num_warps=warps,
             )  # fmt: skip
     return losses
 
@@ -220,7 +236,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.ignore_index, ctx.reuse, ctx.spent = ignore_index, reuse, False
         if reuse:
             factor = stored_factor(count, logits.dtype)
-            losses = loss_and_gradient_in_place(logits, targets, factor, ignore_index)
+            losses = loss_and_gradient_in_place(
+                logits, targets, factor, ignore_index, logits.shape[1]
+            )
             torch.autograd.graph.increment_version(logits)  # a step that saved them says so
             ctx.save_for_backward(logits, torch.where(count > 0, 1 / (count * factor), 0.0))
         else:
