@@ -147,6 +147,8 @@ def _checks(checks: dict[str, Any]) -> list[str]:
         return speedrun.table(checks["speedrun"])
     if "memory" in checks:
         return _memory(checks["memory"])
+    if "steps to a loss" in checks:
+        return _table(checks["steps to a loss"])
     heads = ["kernel", "cases", "comparisons with float64", "failures", "not available"]
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for kernel, counts in checks["kernels"].items():
@@ -159,12 +161,18 @@ def _faults(parts: dict[str, Any]) -> list[str]:
     """What was done to files and processes on purpose, and what came of it."""
     lines = []
     for part in parts.values():
-        heads = list(part["rows"][0])
         lines += [""] * bool(lines) + [f"{part['summary']}:", ""]
-        lines += [_line(heads), "|" + "---|" * len(heads)]
-        for row in part["rows"]:
-            cells = [row[head] for head in heads]
-            lines.append(_line([f"{c:,}" if isinstance(c, int) else str(c) for c in cells]))
+        lines += _table(part["rows"])
+    return lines
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of the same keys."""
+    heads = list(rows[0])
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row[head] for head in heads]
+        lines.append(_line([f"{c:,}" if isinstance(c, int) else str(c) for c in cells]))
     return lines
 
 

@@ -146,3 +146,33 @@ def test_rows_without_notes_have_no_column_for_them(time_to_loss):
     assert "also" not in "\n".join(make_results._suite("s", content))
     content["rows"].append(make_row("s", {}, "f", 1.0, {}, also={"loss": 2}))
     assert "| loss 2 |" in "\n".join(make_results._suite("s", content))
+
+
+def test_steps_to_a_loss_are_those_of_the_first_evaluation_below_it(
+    nanogpt, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shape = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 8, "--batch-size", 4)
+    done = nanogpt("train", "--text", text_file, *shape, "--max-steps", 9, "--eval-interval", 3,
+                   "--recipe", "speed", "--sample-tokens", 0, "--run-dir", "run")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import steps_to_loss
+
+    def compared(loss):
+        arguments = ["--run-dir", "run", "--model", "gpt.pth", "--loss", str(loss)]
+        monkeypatch.setattr(sys, "argv", ["steps_to_loss.py", *arguments])
+        return steps_to_loss.main(), json.loads(capsys.readouterr().out)
+
+    code, row = compared(losses[6])
+    assert (code, row["reached at step"]) == (0, 6)
+    assert (row["steps"], row["tokens of a step"]) == (9, 32)
+    assert row["best"] == round(min(losses.values()), 4)
+    assert "--recipe speed" in row["flags"]
+    assert "text" not in row["flags"]
+    code, row = compared(min(losses.values()) - 1e-6)
+    assert (code, row["reached at step"]) == (1, None)
+    for name in ("recording", "steps_to_loss"):
+        sys.modules.pop(name, None)
