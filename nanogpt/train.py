@@ -177,9 +177,10 @@ def _train(
         folder.append("metrics.jsonl", row)
         reporter.scalars(row)
 
-    def noted(step: int) -> None:
+    def noted(step: int, loss: float) -> None:
         nonlocal began
         tick()
+        bar.update(step, loss, position.row_tokens / max(position.row_seconds, 1e-9))
         if step % plan.log_interval == 0 and not plan.evaluates_after(step):
             write(_metrics_row(plan, position, step))
             began = time.perf_counter()
@@ -197,7 +198,6 @@ def _train(
             evaluate_now = plan.evaluates_after(position.step)
             losses.add(position.step, outcome, late=not (evaluate_now or received))
             tick()
-            losses.show()
             if evaluate_now:
                 row = _metrics_row(plan, position, position.step)
                 row |= _evaluate_and_judge(plan, trainer, val_tokens, row, folder, bar)
@@ -273,7 +273,7 @@ class _Losses:
     next step to do.
 
     Args:
-        noted: called with the number of each step, in order, whose outcome is known.
+        noted: called with number and loss of each step, in order, whose outcome is known.
     """
 
     def __init__(
@@ -281,12 +281,11 @@ class _Losses:
         position: Position,
         folder: RunDirectory,
         bar: TrainingProgress,
-        noted: Callable[[int], None],
+        noted: Callable[[int, float], None],
     ) -> None:
         self._position, self._folder, self._bar, self._noted = position, folder, bar, noted
         self._waiting: list[tuple[int, Outcome]] = []
         self._failures = 0
-        self._last: tuple[int, float] | None = None
 
     def add(self, step: int, outcome: tuple[float, float] | Outcome, *, late: bool) -> None:
         """Note a step.
@@ -307,22 +306,14 @@ class _Losses:
             step, outcome = self._waiting.pop(0)
             self._note(step, *outcome.read())
 
-    def show(self) -> None:
-        """The last loss that is known, on the screen."""
-        if self._last is not None:
-            position = self._position
-            rate = position.row_tokens / max(position.row_seconds, 1e-9)
-            self._bar.update(*self._last, rate)
-
     def _note(self, step: int, loss: float, grad_norm: float) -> None:
-        self._last = (step, loss)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._position.loss_sum += loss
             self._position.loss_count += 1
             self._failures = 0
         else:
             self._skipped(step, loss, grad_norm)
-        self._noted(step)
+        self._noted(step, loss)
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._failures += 1

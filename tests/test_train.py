@@ -21,6 +21,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.muon import Muon
 from nanogpt.native_step import NativeStep
 from nanogpt.plan import first_difference
+from nanogpt.progress import TrainingProgress
 from nanogpt.run_directory import RunDirectory
 from nanogpt.trainer import Outcome, can_defer, evaluate, overfits
 
@@ -424,6 +425,17 @@ def test_steps_that_are_read_late_are_the_same_steps(train, text_file, monkeypat
     events = rows("late", "events.jsonl") if Path("late/events.jsonl").exists() else []
     skipped = [row["step"] for row in events if row["kind"] == "skipped"]
     assert skipped == ([] if broken is None else [broken])
+
+
+def test_the_pace_that_is_shown_is_that_of_the_row(train, text_file, monkeypatch):
+    """Also where every step has a row of its own, whose counters then start again."""
+    shown = []
+    monkeypatch.setattr(TrainingProgress, "update", lambda self, *state: shown.append(state))
+    assert train("--text", text_file, "--max-steps", 5, "--run-dir", "run").code == 0
+    assert [step for step, _, _ in shown] == [1, 2, 3, 4, 5]
+    for (_, _, rate), row in zip(shown[:-1], rows("run"), strict=False):
+        assert rate == pytest.approx(row["tokens_per_second"], rel=0.02)
+        assert rate > 0
 
 
 def test_only_torchs_adamw_on_a_gpu_is_read_late(monkeypatch):
