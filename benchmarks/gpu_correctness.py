@@ -392,8 +392,10 @@ def _linear_cross_entropy_cases(session: Session) -> Iterator[Case]:
     shapes = [
         (130, 64, 1000, None),
         (257, 768, 50257, None),
+        (257, 768, 50304, 2**22),
         (257, 768, 50257, 2**22),
         (64, 128, 65, 2**12),
+        (2048, 768, 50304, None),
         (2048, 768, 50257, None),
     ]
     for dtype in _dtypes(session):

@@ -17,11 +17,12 @@ SHAPES = {
 }
 
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
+LARGE |= {"bias": True}
 # Shape and new tokens of texts within the context, and rounds.
 BESIDE = [
     ("M", SHAPES["M"], 240, 5),
-    ("L", LARGE | {"bias": True}, 64, 5),
-    ("L", LARGE | {"bias": True}, 256, 3),
+    ("L", LARGE, 64, 5),
+    ("L", LARGE, 256, 3),
 ]
 
 
