@@ -27,13 +27,8 @@ from nanogpt.report.alignment import AlignmentReport, render_alignment_report
 from nanogpt.reporter import flags_as_text
 from nanogpt.run_directory import Checkpoint, RunDirectory, json_ready
 from nanogpt.saver import Saver
-from nanogpt.self_align import (
-    FitConfig,
-    SelfAlignConfig,
-    SelfAlignTrainer,
-    make_self_alignment,
-    split_terms,
-)
+from nanogpt.self_align import SelfAlignConfig, SelfAlignTrainer
+from nanogpt.term_alignment import FitConfig, make_self_alignment, split_terms
 from nanogpt.terms import read_terms
 
 Say = Callable[[str], None]

@@ -27,10 +27,12 @@ ALLOWED = {
     "memory": {"config"},
     "metadata": set(),
     "tilt": set(),
-    "calibration": {"native"},
+    "reliability": set(),
+    "calibration": {"native", "reliability"},
     "judge": set(),
     "text_rewards": set(),
-    "rewards": PURE | {"native", "text_rewards", "_C"},
+    "term_automaton": {"tokenizer"},
+    "rewards": PURE | {"native", "term_automaton", "text_rewards", "_C"},
     "reward_decoding": MODEL | {"rewards", "tilt"},
     "reward_model": MODEL | {"checkpoint", "judge", "records", "reward_data", "rewards"},
     "model": MODEL - {"native", "model"} | {"reward_decoding"},
@@ -38,7 +40,9 @@ ALLOWED = {
     "offline_run": FILES
     | {"comparison", "interruption", "judge", "offline_rl", "plan", "progress", "records"}
     | {"reporter", "reward_data", "run_directory", "saver", "tilt"},
-    "align_run": FILES | {"plan", "reporter", "run_directory", "saver", "self_align", "terms"},
+    "align_run": FILES
+    | {"plan", "reporter", "run_directory", "saver", "self_align"}
+    | {"term_alignment", "terms"},
     "advanced": FILES | {"align_run", "cli", "interruption", "offline_run", "plan"},
     "decoding": {"cache", "model", "native", "tokenizer"},
     # The compiled module is imported by its door alone, and by name for the types elsewhere.
@@ -65,19 +69,10 @@ ALLOWED = {
     "records": PURE | {"reward_data"},
     "offline_rl": MODEL | {"data", "machine", "recipe", "records", "tilt", "trainer"},
     "text_measures": set(),
-    "self_align": MODEL
-    | {
-        "data",
-        "machine",
-        "offline_rl",
-        "records",
-        "reward_decoding",
-        "rewards",
-        "text_measures",
-        "text_rewards",
-        "tilt",
-        "trainer",
-    },
+    "self_align": {"text_measures", "tilt"},
+    "term_alignment": MODEL
+    | {"data", "machine", "offline_rl", "records", "reward_decoding", "rewards", "self_align"}
+    | {"text_measures", "text_rewards", "trainer"},
     "reporter": FILES | {"plan", "run_directory", "trainer"},
     "train": FILES
     | {"interruption", "micro_batch", "plan", "progress", "reporter", "run_directory", "saver"}

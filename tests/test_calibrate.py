@@ -11,9 +11,10 @@ import torch
 
 from nanogpt import GPT, checkpoint, load
 from nanogpt.calibrate import fit_model, split_windows, windows_of
-from nanogpt.calibration import PerTokenTemperature, TemperatureScaler, calibration_report
+from nanogpt.calibration import PerTokenTemperature, TemperatureScaler
 from nanogpt.metadata import tensor_digest
 from nanogpt.model import evaluating
+from nanogpt.reliability import calibration_report
 from nanogpt.report.calibration import CalibrationPage, render_calibration_report
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.trainer import evaluate

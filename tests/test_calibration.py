@@ -14,11 +14,10 @@ from nanogpt.calibration import (
     TemperatureScaler,
     TokenStatistics,
     _moments,
-    calibration_report,
     paired_difference,
-    wilson_interval,
 )
 from nanogpt.errors import UsageError
+from nanogpt.reliability import calibration_report, wilson_interval
 
 
 @pytest.fixture(autouse=True, scope="module")

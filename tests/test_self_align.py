@@ -15,14 +15,11 @@ import torch
 from nanogpt.data import BatchOrder, gather
 from nanogpt.errors import InputError
 from nanogpt.model import GPT
-from nanogpt.self_align import (
+from nanogpt.self_align import RewardTilt, Samples, SelfAlignConfig, SelfAlignTrainer
+from nanogpt.term_alignment import (
     AlignmentReward,
     FitConfig,
     GPTPolicy,
-    RewardTilt,
-    Samples,
-    SelfAlignConfig,
-    SelfAlignTrainer,
     make_self_alignment,
     split_terms,
 )
