@@ -15,9 +15,8 @@ import torch
 from conftest import Outcome
 
 from nanogpt import GPT, checkpoint, cli, load, native
-from nanogpt.explore import knowledge
-from nanogpt.explore import records as reading
-from nanogpt.explore.records import read_records
+from nanogpt.explore import knowledge, sources
+from nanogpt.explore.reading import read_records
 from nanogpt.tokenizer import CharTokenizer
 
 SHAPE = ["--n-layer", 1, "--n-embd", 16, "--n-head", 2]
@@ -163,7 +162,7 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_touched(
     explore, tmp_path, monkeypatch, case
 ):
     name, content, message = REFUSED[case]
-    monkeypatch.setattr(reading, "_LONGEST_LINE_BYTES", 500)
+    monkeypatch.setattr(sources, "LONGEST_LINE_BYTES", 500)
     for each in ("model.pth", "page.html", "found.json", "full.csv"):
         Path(each).write_text("from before")
     if content is not None:

@@ -11,16 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import InputError, UsageError
-from nanogpt.explore import records as module
-from nanogpt.explore.records import (
-    Records,
-    escape,
-    parse,
-    read_records,
-    serialise,
-    unescape,
-    write_csv,
-)
+from nanogpt.explore import delimited, json_records, sources
+from nanogpt.explore.reading import read_records
+from nanogpt.explore.records import Records, write_csv
+from nanogpt.explore.serialising import escape, parse, serialise, unescape
 
 
 @pytest.fixture
@@ -276,7 +270,7 @@ def test_blocks_join_without_a_seam(written, monkeypatch):
     records = Records.from_rows([dict(zip("xyz", row, strict=True)) for row in values])
     path = written(as_csv(records))
     whole = read_records(path, header=True)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(delimited, "_BLOCK_BYTES", 1)
     assert read_records(path, header=True) == whole == records
 
 
@@ -284,15 +278,15 @@ def test_blocks_join_without_a_seam(written, monkeypatch):
 @given(st.text(st.sampled_from("ab\"',;\n\r 1\ufeff"), max_size=30), st.sampled_from(",;"))
 def test_rows_are_framed_as_they_are_taken_apart(text, delimiter):
     """Cells of a row are the same alone, and after any other rows."""
-    dialect = module._Dialect(delimiter.encode(), b'"')
+    dialect = delimited.Dialect(delimiter.encode(), b'"')
     lines = list(enumerate(io.BytesIO(text.encode()).readlines(), 1))
-    frames = [f for f in module._frames(lines, dialect) if f.closed and not f.stray]
+    frames = [f for f in delimited._frames(lines, dialect) if f.closed and not f.stray]
     for width in {frame.fields for frame in frames}:
         contents = [frame.content for frame in frames if frame.fields == width]
-        alone = [module._cells([content], dialect, width) for content in contents]
+        alone = [delimited._cells([content], dialect, width) for content in contents]
         joined = [[column[0] for column in cells] for cells in alone]
         assert [
-            list(row) for row in zip(*module._cells(contents, dialect, width), strict=True)
+            list(row) for row in zip(*delimited._cells(contents, dialect, width), strict=True)
         ] == (joined)
 
 
@@ -492,9 +486,9 @@ def test_a_line_of_a_gigabyte_is_refused_before_it_is_read(tmp_path, monkeypatch
     def opened(self):
         return io.BufferedReader(Counted(self.name), 2**20)
 
-    monkeypatch.setattr(module._Source, "_open", opened)
-    monkeypatch.setattr(module, "_LONGEST_LINE_BYTES", 2**21)
-    monkeypatch.setattr(module, "_LARGEST_ARRAY_BYTES", 2**22)
+    monkeypatch.setattr(sources.Source, "_open", opened)
+    monkeypatch.setattr(sources, "LONGEST_LINE_BYTES", 2**21)
+    monkeypatch.setattr(json_records, "_LARGEST_ARRAY_BYTES", 2**22)
     with pytest.raises(InputError, match=r"longer than 2 MB|more than 4 MB"):
         read_records(path)
     assert 2**20 < size < 2**25
@@ -502,7 +496,7 @@ def test_a_line_of_a_gigabyte_is_refused_before_it_is_read(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("extra", "fine"), [(0, True), (1, False)])
 def test_the_longest_line_allowed_is_read(written, monkeypatch, extra, fine):
-    monkeypatch.setattr(module, "_LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr(sources, "LONGEST_LINE_BYTES", 1000)
     path = written("short\n" + "é" * 499 + "x" * (1 + extra) + "\n", "data.txt")
     if fine:
         assert len(read_records(path).column("text")[1]) == 500
@@ -512,7 +506,7 @@ def test_the_longest_line_allowed_is_read(written, monkeypatch, extra, fine):
 
 
 def test_an_open_quote_does_not_swallow_a_large_file(written, monkeypatch):
-    monkeypatch.setattr(module, "_LONGEST_LINE_BYTES", 2000)
+    monkeypatch.setattr(delimited, "LONGEST_LINE_BYTES", 2000)
     path = written("a,b\n1,2\n" + '3,"x\n' + many("4,5", 1000))
     with pytest.raises(InputError, match="line 3: a quotation mark is opened"):
         read_records(path)

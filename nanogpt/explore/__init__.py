@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanogpt.explore.knowledge import KnowledgeDiscovery as KnowledgeDiscovery
     from nanogpt.explore.knowledge import discover as discover
-    from nanogpt.explore.records import read_records as read_records
+    from nanogpt.explore.reading import read_records as read_records
 
 __all__ = ["KnowledgeDiscovery", "discover", "read_records"]
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(knowledge, name)
     if name == "read_records":
-        from nanogpt.explore.records import read_records
+        from nanogpt.explore.reading import read_records
 
         return read_records
     raise AttributeError(f"module 'nanogpt.explore' has no attribute {name!r}")

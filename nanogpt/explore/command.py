@@ -23,7 +23,8 @@ from nanogpt.errors import InputError, UsageError
 from nanogpt.explore.fields import Field, as_numbers, describe_fields, fit_classes, why_set_aside
 from nanogpt.explore.knowledge import KnowledgeDiscovery, reading_notes, record_of_text
 from nanogpt.explore.learning import width_and_heads
-from nanogpt.explore.records import Records, Value, read_records, write_csv
+from nanogpt.explore.reading import read_records
+from nanogpt.explore.records import Records, Value, write_csv
 from nanogpt.interruption import terminable
 from nanogpt.machine import resolve_device, set_threads, versions
 from nanogpt.model import GPT

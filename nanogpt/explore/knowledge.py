@@ -39,7 +39,8 @@ from nanogpt.explore.findings import Finding
 from nanogpt.explore.groups import plane
 from nanogpt.explore.learning import Encoded, Encoder, LearningPlan, make_plan, train
 from nanogpt.explore.learning import random_orders as orders_of
-from nanogpt.explore.records import Records, Value, read_records
+from nanogpt.explore.reading import read_records
+from nanogpt.explore.records import Records, Value
 from nanogpt.explore.scoring import Scorer, Surprisal, centred, joint_rescoring
 from nanogpt.explore.significance import conformal_p, false_discovery_rates
 from nanogpt.explore.terms import KeyTerm, words

@@ -16,7 +16,8 @@ from nanogpt import checkpoint, cli, metadata
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import InputError
 from nanogpt.explore.fields import describe_fields
-from nanogpt.explore.records import parse, read_records, serialise
+from nanogpt.explore.reading import read_records
+from nanogpt.explore.serialising import parse, serialise
 from nanogpt.model import GPT
 from nanogpt.reward_data import read_reward_data
 from nanogpt.terms import read_terms
