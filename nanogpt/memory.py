@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from nanogpt.config import GPTConfig
 
 _FLOAT = 4
-_MOMENTS = 2
-"""AdamW's, for each weight."""
 _EVALUATION_TOKENS = {"cpu": 4_096}
 _EVALUATION_TOKENS_ELSEWHERE = 16_384
 _EVALUATION_LOGITS_BYTES = 2**28
@@ -78,7 +76,7 @@ class Forecast:
     Attributes:
         program: what the process takes before there is a model (on a CPU).
         weights: of the model.
-        optimizer: AdamW's moments.
+        optimizer: AdamW's moments, two of every weight, and Muon's, one.
         kept: activations that wait for the backward pass.
         step: the largest sum of activations, gradients and what lies between them.
         evaluation: the largest sum in an evaluation, which holds no gradients.
@@ -125,12 +123,15 @@ def forecast(work: Workload, program_bytes: int = 0) -> Forecast:
     else:
         kept, step = step_bytes(work)
         evaluation = _evaluation(work)
+    optimizer = 2 * weights
+    if work.muon:  # one of the matrices of the blocks
+        optimizer -= _FLOAT * 12 * work.shape.n_layer * work.shape.n_embd**2
     # A checkpoint copies weights and moments, and packs the moments in memory before it writes.
-    saving = 0 if work.device != "cpu" else weights * (1 + 2 * _MOMENTS)
+    saving = 0 if work.device != "cpu" else weights + 2 * optimizer
     return Forecast(
         program=program_bytes + (_LATER_BYTES if work.device == "cpu" else 0),
         weights=weights,
-        optimizer=_MOMENTS * weights,
+        optimizer=optimizer,
         kept=kept,
         step=int(step * holes),
         evaluation=int(evaluation * holes),

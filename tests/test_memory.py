@@ -20,7 +20,7 @@ from nanogpt.config import PRESETS, GPTConfig
 from nanogpt.memory import Workload, forecast, largest_batch, step_bytes
 from nanogpt.native_step import NativeStep, unfit
 from nanogpt.run_directory import RunDirectory
-from nanogpt.trainer import evaluate
+from nanogpt.trainer import evaluate, make_muon, make_optimizer, reserve_moments
 
 SMALL = ("--n-layer", 2, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
 QUICK = (*SMALL, "--sample-tokens", 0, "--no-tensorboard", "--max-steps", 8, "--eval-interval", 4)
@@ -109,6 +109,20 @@ def test_without_one_of_its_parts_the_forecast_would_be_off(monkeypatch):
     assert step_bytes(work) == (kept, peak)
     fused = Workload(work.shape, 12, kernels={"ffn": "triton"})
     assert step_bytes(fused)[0] < 0.9 * kept
+
+
+@pytest.mark.parametrize("make", [make_optimizer, make_muon])
+def test_the_forecast_counts_every_moment(make):
+    shape = GPTConfig(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=16, bias=True)
+    optimizer = make(GPT(shape), 1e-3, 0.1, (0.9, 0.99))
+    reserve_moments(optimizer)
+    moments = [
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    ]
+    assert forecast(Workload(shape, 1, muon=make is make_muon)).optimizer == sum(moments)
 
 
 def test_recomputation_and_smaller_micro_batches_are_forecast_to_take_less():
