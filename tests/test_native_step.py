@@ -202,10 +202,16 @@ def test_arrays_that_cannot_be_shared_are_refused():
         made((weight[:64], grad[:64]))
 
 
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("name", ["biases, odd sizes", "rotary", "normed"])
 @pytest.mark.parametrize("make", [make_optimizer, make_muon])
-def test_the_update_is_the_optimizers_own(make):
-    shape = SHAPES["biases, odd sizes"]
-    ours, theirs = make_model(**shape), make_model(**shape)
+def test_the_update_is_the_optimizers_own(make, name, isa, monkeypatch):
+    monkeypatch.setenv("NANOGPT_ISA", isa)
+    ours, theirs = make_model(**SHAPES[name]), make_model(**SHAPES[name])
+    try:
+        NativeStep(ours, torch.float32, 2)
+    except UsageError as error:
+        pytest.skip(str(error))
     step = NativeStep(ours, torch.float32, 2)
     mine = make(ours, 3e-3, 0.1, (0.9, 0.99))
     peer = make(theirs, 3e-3, 0.1, (0.9, 0.99))
@@ -222,6 +228,42 @@ def test_the_update_is_the_optimizers_own(make):
         assert mine.state[own].keys() == peer.state[other].keys()
         for key, value in mine.state[own].items():
             torch.testing.assert_close(value, peer.state[other][key], rtol=1e-4, atol=1e-7)
+
+
+def orthogonalise_in_bfloat16(matrix):
+    """What `orthogonalise` does on a GPU."""
+    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    x = (x / x.norm(dim=(-2, -1), keepdim=True)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if matrix.shape[-2] > matrix.shape[-1] else x).float()
+
+
+@pytest.mark.parametrize("width", [20, 64, 260])
+def test_muon_in_bfloat16_is_more_exact_than_torchs(width):
+    model = make_model(vocab_size=9, block_size=8, n_layer=1, n_head=2, n_embd=width)
+    if unfit(model.config, CPU, torch.bfloat16):
+        pytest.skip("this CPU has no fast products of bfloat16")
+    step = NativeStep(model, torch.bfloat16, 2)
+    step.gradients(windows_of(model, 8))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_muon(model, 1e-3, 0.0, (0.9, 0.99))
+    step.update(optimizer)
+    compared = 0
+    for group in optimizer.param_groups[:2]:
+        for name, parameter in model.named_parameters():
+            if not any(parameter is one for one in group["params"]):
+                continue
+            rows, cols = parameter.shape[0] // group["parts"], parameter.shape[1]
+            moved = (before[name] - parameter.detach()).view(-1, rows, cols)
+            ours = moved / (group["lr"] * max(1.0, rows / cols) ** 0.5)
+            grad = parameter.grad.view_as(moved)
+            exact = orthogonalise(grad)
+            theirs = orthogonalise_in_bfloat16(grad)
+            assert (ours - exact).norm() < (theirs - exact).norm()
+            compared += 1
+    assert compared == 4
 
 
 def test_torch_knows_that_the_weights_have_changed():

@@ -768,7 +768,7 @@ void TrainingStep::muon_part(const MuonMatrix& matrix, int64_t part, const Muon&
                              char* memory) const {
   const TrainingKernels& k = kernels_;
   const int64_t rows = matrix.rows / matrix.parts, cols = matrix.cols, count = rows * cols;
-  const int64_t small = std::min(rows, cols);
+  const int64_t small = std::min(rows, cols), large = std::max(rows, cols);
   const bool tall = rows > cols;
   const MuonScratch s = muon_pieces(k, memory, rows, cols);
   const Trained& p = parameters_[matrix.parameter];
@@ -778,43 +778,39 @@ void TrainingStep::muon_part(const MuonMatrix& matrix, int64_t part, const Muon&
   k.blend(by.momentum, momentum, (1.0f - by.momentum) * by.grad_scale, grad, count, momentum);
   k.blend((1.0f - by.momentum) * by.grad_scale, grad, by.momentum, momentum, count, s.x);
   const double norm = std::sqrt(k.sum_of_squares(s.x, count));
-  const float inverse = static_cast<float>(1.0 / (norm + 1e-12));
-  k.blend(inverse, s.x, 0.0f, s.x, count, s.x);
+  if (tall) k.transpose(s.x, rows, cols, s.y);
+  k.narrow(static_cast<float>(1.0 / (norm + 1e-12)), tall ? s.y : s.x, count, s.elements);
 
   const auto pack = [&](const void* data, int64_t ld, int64_t depth, int64_t width,
                         bool by_column) {
     const Operand from{data, ld, depth, width, by_column, false};
     k.pack(from, 0, (width + k.tile_cols - 1) / k.tile_cols, s.packed);
   };
-  const auto multiply = [&](const Product& product) {
-    k.multiply(product, 0, product.rows, 0, (product.cols + k.tile_cols - 1) / k.tile_cols,
-               s.product);
+  const auto symmetric = [&](const void* left, int64_t depth, float* out) {
+    k.multiply_symmetric(product_with(left, small, depth, s.packed, small, Finish::wide, out),
+                         s.product);
   };
   for (int step = 0; step < kOrthogonalSteps; ++step) {
-    // G = X X^T, or X^T X where X is tall; X becomes a X + (b G + c G G) X, from the other side.
-    k.narrow(1.0f, s.x, count, s.elements);
-    pack(s.elements, cols, tall ? rows : cols, small, !tall);
-    Product gram =
-        product_with(s.elements, small, tall ? rows : cols, s.packed, small, Finish::wide, s.gram);
-    gram.a_ld = cols;
-    gram.a_transposed = tall;
-    multiply(gram);
+    // With G = X X^T, X becomes (a + b G + c G G) X.
+    pack(s.elements, large, large, small, true);
+    symmetric(s.elements, large, s.gram);
     k.narrow(1.0f, s.gram, small * small, s.gram_elements);
     pack(s.gram_elements, small, small, small, false);
-    multiply(product_with(s.gram_elements, small, small, s.packed, small, Finish::wide, s.square));
+    symmetric(s.gram_elements, small, s.square);
     k.blend(kOrthogonal[1], s.gram, kOrthogonal[2], s.square, small * small, s.square);
+    for (int64_t i = 0; i < small; ++i) s.square[i * small + i] += kOrthogonal[0];
     k.narrow(1.0f, s.square, small * small, s.gram_elements);
-    if (tall) {
-      pack(s.gram_elements, small, small, small, false);
-      multiply(product_with(s.elements, rows, small, s.packed, small, Finish::wide, s.y));
-    } else {
-      pack(s.elements, cols, small, cols, false);
-      multiply(product_with(s.gram_elements, small, small, s.packed, cols, Finish::wide, s.y));
-    }
-    k.blend(kOrthogonal[0], s.x, 1.0f, s.y, count, s.x);
+    // X is packed, so that the next one takes its place.
+    pack(s.elements, large, small, large, false);
+    const bool last = step + 1 == kOrthogonalSteps;
+    const Product next = product_with(s.gram_elements, small, small, s.packed, large,
+                                      last ? Finish::wide : Finish::store,
+                                      last ? static_cast<void*>(s.x) : s.elements);
+    k.multiply(next, 0, small, 0, (large + k.tile_cols - 1) / k.tile_cols, s.product);
   }
+  if (tall) k.transpose(s.x, small, large, s.y);
   const float size = std::sqrt(std::max(1.0f, static_cast<float>(rows) / static_cast<float>(cols)));
-  k.blend(1.0f - by.lr * by.weight_decay, weight, -by.lr * size, s.x, count, weight);
+  k.blend(1.0f - by.lr * by.weight_decay, weight, -by.lr * size, tall ? s.y : s.x, count, weight);
 }
 
 void TrainingStep::muon(const std::vector<MuonMatrix>& matrices, const Muon& by) {

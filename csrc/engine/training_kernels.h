@@ -82,6 +82,11 @@ struct TrainingKernels {
   // Rows first_row .. last_row - 1 and panels first .. last - 1 of a product.
   void (*multiply)(const Product& product, int64_t first_row, int64_t last_row, int64_t first,
                    int64_t last, void* scratch);
+  // A whole product with Finish::wide that is known to be symmetric: half of it is computed, the
+  // other half copied.
+  void (*multiply_symmetric)(const Product& product, void* scratch);
+  // out (cols, rows) = x (rows, cols).
+  void (*transpose)(const float* x, int64_t rows, int64_t cols, float* out);
 
   // y = element((x - mean) rstd weight + bias); stats (rows, 2) keeps mean and rstd.
   void (*norm)(const float* x, int64_t rows, int64_t cols, const float* weight, const float* bias,

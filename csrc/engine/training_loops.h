@@ -407,6 +407,49 @@ void multiply(const Product& p, int64_t first_row, int64_t last_row, int64_t fir
   }
 }
 
+// Up to W rows of floats become columns, W by W where there are so many.
+inline void transpose_rows(const float* x, int64_t ld, int64_t rows, int64_t cols, float* out,
+                           int64_t out_ld) {
+  int64_t c = 0;
+  for (; rows == W && c + W <= cols; c += W) {
+    F tile[W];
+    for (int i = 0; i < W; ++i) tile[i] = Isa::load(x + i * ld + c);
+    turn<Floats>(tile);
+    for (int i = 0; i < W; ++i) Isa::store(out + (c + i) * out_ld, tile[i]);
+  }
+  for (; c < cols; ++c) {
+    for (int64_t r = 0; r < rows; ++r) out[c * out_ld + r] = x[r * ld + c];
+  }
+}
+
+void transpose(const float* x, int64_t rows, int64_t cols, float* out) {
+  for (int64_t r = 0; r < rows; r += W) {
+    transpose_rows(x + r * cols, cols, least(W, rows - r), cols, out + r, rows);
+  }
+}
+
+template <class U>
+void multiply_symmetric(const Product& p, void* scratch) {
+  constexpr int64_t block = kBlockTiles * kTileRows;
+  const int64_t panels = (p.cols + kTileCols - 1) / kTileCols;
+  for (int64_t row = 0; row < p.rows; row += block) {
+    for (int64_t c = row / kTileCols; c < panels; ++c) {
+      // Whole tiles of rows, as far as the panel's part of the diagonal.
+      const int64_t last =
+          least(least(row + block, p.rows), round_up((c + 1) * kTileCols, kTileRows));
+      multiply<U>(p, row, last, c, c + 1, scratch);
+    }
+  }
+  float* out = static_cast<float*>(p.out);
+  for (int64_t r = 0; r < p.rows; r += W) {
+    const int64_t rows = least(W, p.rows - r), next = r + rows;
+    for (int64_t i = r; i < next; ++i) {
+      for (int64_t j = i + 1; j < next; ++j) out[j * p.ld + i] = out[i * p.ld + j];
+    }
+    transpose_rows(out + r * p.ld + next, p.ld, rows, p.cols - next, out + next * p.ld + r, p.ld);
+  }
+}
+
 // ---- rows ----
 
 // Calls f(i, load, store) for W numbers at a time, the last ones through padded copies.
@@ -941,6 +984,8 @@ constexpr TrainingKernels training_table(const char* name) {
       packed_bytes<U>,
       pack<U>,
       multiply<U>,
+      multiply_symmetric<U>,
+      transpose,
       norm<U>,
       norm_backward<U>,
       column_sums<U>,
