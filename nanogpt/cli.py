@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanogpt import config as configuration
-from nanogpt.errors import InputError, NanoGPTError, UsageError
+from nanogpt.errors import InputError, NanoGPTError, UsageError, is_out_of_memory
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "train": (configuration.TrainConfig, "nanogpt.train"),
@@ -91,11 +91,12 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if error.errno == errno.ENOSPC:
             return _complain(command, f"the disk is full{where}", 1)
         return _complain(command, f"{error.strerror or error}{where}", 1)
-    except MemoryError:
-        return _complain(command, "out of memory: a smaller --batch-size or model needs less", 1)
     except Exception as error:
         if os.environ.get("NANOGPT_TRACEBACK"):
             raise
+        if is_out_of_memory(error):
+            hint = "a smaller --batch-size or model needs less"
+            return _complain(command, f"out of memory: {hint}", 1)
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         hint = "this is a bug of nanogpt; set NANOGPT_TRACEBACK=1 to see where"
         return _complain(command, f"{summary} ({hint})", 1)

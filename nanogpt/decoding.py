@@ -244,15 +244,16 @@ class GraphedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Run twice beside the main stream, so that everything is compiled and allocated, then
         record. What these runs write into the cache is what the first replay writes again."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self._run()
-        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self._run()
+        with torch.cuda.device(self.tokens.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph):
+                self.logits = self._run()
         return graph
 
 

@@ -1,6 +1,7 @@
 """What this machine offers: device, precision, threads, memory, versions."""
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -26,17 +27,10 @@ _GROUP_FILES = (
     ),
 )
 """Limit and use of the group of processes that this one belongs to, in its two versions."""
-_SIGNS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "std::bad_alloc",
-    "Cannot allocate memory",
-)
-"""What the message of a RuntimeError says where the main memory has run out."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for --device.
+    """The device for --device. A GPU that is named by its number becomes torch's current one.
 
     Raises: UsageError where it does not exist here.
     """
@@ -54,6 +48,8 @@ def resolve_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: this machine has no CUDA device; use cpu or auto")
         if (device.index or 0) >= count:
             raise UsageError(f"--device {name}: this machine has {count} CUDA device(s), from 0")
+        if device.index:
+            torch.cuda.set_device(device)
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UsageError(f"--device {name}: this machine has no Apple GPU; use cpu or auto")
@@ -126,18 +122,15 @@ def peak_bytes(device: torch.device) -> int:
     return _status("VmHWM")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on the device or in main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
 def give_back_memory() -> None:
     """Give back what torch keeps of a computation that was cut off."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    # The heap of glibc keeps what was freed below something that is still in use.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes(device: torch.device) -> int | None:

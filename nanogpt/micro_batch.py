@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanogpt import machine
-from nanogpt.errors import NanoGPTError
+from nanogpt.errors import NanoGPTError, is_out_of_memory
 from nanogpt.plan import Plan
 from nanogpt.run_directory import RunDirectory
 from nanogpt.trainer import Outcome, Trainer
@@ -57,7 +57,7 @@ class MicroBatches:
             try:
                 return step(replace(self._plan, micro_batch_size=size), trainer, model, windows)
             except (RuntimeError, MemoryError) as error:
-                if not machine.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 message = str(error).splitlines()[0] if str(error) else type(error).__name__
             # Out of the handler: the error's traceback holds on to the activations.

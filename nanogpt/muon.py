@@ -94,7 +94,9 @@ def start_state(
     if "parts" in group:
         state["momentum_buffer"] = torch.zeros_like(parameter)
     else:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        # Torch's fused AdamW counts on the device, all else on the host.
+        device = parameter.device if group.get("fused") else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
 

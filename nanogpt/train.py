@@ -177,9 +177,10 @@ def _train(
         folder.append("metrics.jsonl", row)
         reporter.scalars(row)
 
-    def noted(step: int, loss: float) -> None:
+    def noted(step: int, loss: float, tokens: int) -> None:
         nonlocal began
         tick()
+        position.row_tokens += tokens
         bar.update(step, loss, position.row_tokens / max(position.row_seconds, 1e-9))
         if step % plan.log_interval == 0 and not plan.evaluates_after(step):
             write(_metrics_row(plan, position, step))
@@ -193,10 +194,10 @@ def _train(
             windows = gather(train_tokens, starts, plan.shape.block_size)  # (B, T + 1)
             outcome = sizes.take(optimizer_step, trainer, model, windows)
             position.step += 1
-            position.row_tokens += len(starts) * plan.shape.block_size
             position.finished = position.step == plan.total_steps
             evaluate_now = plan.evaluates_after(position.step)
-            losses.add(position.step, outcome, late=not (evaluate_now or received))
+            tokens = len(starts) * plan.shape.block_size
+            losses.add(position.step, outcome, tokens, late=not (evaluate_now or received))
             tick()
             if evaluate_now:
                 row = _metrics_row(plan, position, position.step)
@@ -273,7 +274,7 @@ class _Losses:
     next step to do.
 
     Args:
-        noted: called with number and loss of each step, in order, whose outcome is known.
+        noted: called with number, loss and tokens of each step, in order, whose outcome is known.
     """
 
     def __init__(
@@ -281,39 +282,42 @@ class _Losses:
         position: Position,
         folder: RunDirectory,
         bar: TrainingProgress,
-        noted: Callable[[int, float], None],
+        noted: Callable[[int, float, int], None],
     ) -> None:
         self._position, self._folder, self._bar, self._noted = position, folder, bar, noted
-        self._waiting: list[tuple[int, Outcome]] = []
+        self._waiting: list[tuple[int, Outcome, int]] = []
         self._failures = 0
 
-    def add(self, step: int, outcome: tuple[float, float] | Outcome, *, late: bool) -> None:
+    def add(
+        self, step: int, outcome: tuple[float, float] | Outcome, tokens: int, *, late: bool
+    ) -> None:
         """Note a step.
 
         Args:
+            tokens: how many it has learnt from.
             late: its outcome may be read with the next one.
         Raises: NanoGPTError where many steps in a row have failed.
         """
         if isinstance(outcome, Outcome):
-            self._waiting.append((step, outcome))
+            self._waiting.append((step, outcome, tokens))
         else:
-            self._note(step, *outcome)
+            self._note(step, *outcome, tokens)
         self.settle(but=int(late))
 
     def settle(self, but: int = 0) -> None:
         """Read what is waiting, `but` so many."""
         while len(self._waiting) > but:
-            step, outcome = self._waiting.pop(0)
-            self._note(step, *outcome.read())
+            step, outcome, tokens = self._waiting.pop(0)
+            self._note(step, *outcome.read(), tokens)
 
-    def _note(self, step: int, loss: float, grad_norm: float) -> None:
+    def _note(self, step: int, loss: float, grad_norm: float, tokens: int) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._position.loss_sum += loss
             self._position.loss_count += 1
             self._failures = 0
         else:
             self._skipped(step, loss, grad_norm)
-        self._noted(step, loss)
+        self._noted(step, loss, tokens)
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._failures += 1

@@ -10,6 +10,7 @@ import torch
 
 from nanogpt import machine
 from nanogpt.data import Corpus, gather, validation_windows
+from nanogpt.errors import is_out_of_memory
 from nanogpt.memory import evaluation_batch
 from nanogpt.model import GPT
 from nanogpt.muon import Muon, start_state
@@ -201,7 +202,7 @@ class Outcome:
             self._values.copy_(values, non_blocking=True)
             # Of this step alone: the device may have the next one to do while it is waited for.
             self._done = torch.cuda.Event()
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> tuple[float, float]:
         """Waits for the step, and for nothing that was begun after it."""
@@ -349,7 +350,7 @@ def _loss_or_none(
         with machine.autocast(device, dtype):
             return float(model(part[:, :-1], part[:, 1:], return_logits=False)[1])
     except (RuntimeError, MemoryError) as error:
-        if len(windows) == 1 or not machine.is_out_of_memory(error):
+        if len(windows) == 1 or not is_out_of_memory(error):
             raise
     return None
 

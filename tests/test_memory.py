@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from nanogpt import GPT, machine, memory, micro_batch, native
 from nanogpt import train as train_module
 from nanogpt.config import PRESETS, GPTConfig
+from nanogpt.errors import is_out_of_memory
 from nanogpt.memory import Workload, forecast, largest_batch, step_bytes
 from nanogpt.native_step import NativeStep, unfit
 from nanogpt.run_directory import RunDirectory
@@ -328,6 +329,34 @@ def test_an_evaluation_that_fails_otherwise_is_no_question_of_memory(monkeypatch
         evaluate(model, np.zeros(200, dtype=np.int64), device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …", True),
+        ("could not create a primitive", True),
+        ("could not create a primitive descriptor for a matmul primitive", False),
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_refused_memory_says_is_known(message, is_memory):
+    assert is_out_of_memory(RuntimeError(message)) is is_memory
+    assert not is_out_of_memory(ValueError(message))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")])
+def test_memory_that_no_smaller_part_helps_is_said_in_a_sentence(train, monkeypatch, error):
+    def refuse(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("nanogpt.trainer._loss_or_none", refuse)
+    done = train()
+    assert done.code == 1
+    assert "nanogpt train: out of memory: a smaller --batch-size or model needs less" in done.err
+    assert "bug" not in done.err
+
+
 def test_a_damaged_list_of_sizes_is_not_used(tmp_path):
     with RunDirectory(tmp_path / "run", warn=print) as folder:
         for wrong in (None, [], [[0]], [[0, 0]], [[-1, 2]], [["0", 2]], [[3, 2]], {"0": 2}):
@@ -368,7 +397,8 @@ def test_a_process_that_is_refused_memory_goes_on_with_less(
     text_file.write_text(text_file.read_text() * 8)
     shape = "--n-layer 4 --n-head 2 --n-embd 64 --block-size 64 --batch-size 512 --max-steps 2"
     flags = ["--text", str(text_file), *shape.split(), "--sample-tokens", "0", "--no-tensorboard"]
-    flags += ["--kernels", kernels]
+    # The precision that is faster here, as "auto" measures it, need not be the same twice.
+    flags += ["--kernels", kernels, "--dtype", "float32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def run(name, limit, sizes=None):

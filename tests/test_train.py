@@ -23,7 +23,7 @@ from nanogpt.native_step import NativeStep
 from nanogpt.plan import first_difference
 from nanogpt.progress import TrainingProgress
 from nanogpt.run_directory import RunDirectory
-from nanogpt.trainer import Outcome, can_defer, evaluate, overfits
+from nanogpt.trainer import Outcome, can_defer, evaluate, overfits, reserve_moments
 
 SMALL = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 16, "--batch-size", 8)
 QUICK = (*SMALL, "--sample-tokens", 8, "--no-tensorboard")
@@ -427,15 +427,19 @@ def test_steps_that_are_read_late_are_the_same_steps(train, text_file, monkeypat
     assert skipped == ([] if broken is None else [broken])
 
 
-def test_the_pace_that_is_shown_is_that_of_the_row(train, text_file, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_the_pace_that_is_shown_is_that_of_the_row(train, text_file, monkeypatch, late):
     """Also where every step has a row of its own, whose counters then start again."""
     shown = []
+    if late:
+        monkeypatch.setattr(train_module, "can_defer", lambda plan, trainer: True)
     monkeypatch.setattr(TrainingProgress, "update", lambda self, *state: shown.append(state))
     assert train("--text", text_file, "--max-steps", 5, "--run-dir", "run").code == 0
     assert [step for step, _, _ in shown] == [1, 2, 3, 4, 5]
     for (_, _, rate), row in zip(shown[:-1], rows("run"), strict=False):
         assert rate == pytest.approx(row["tokens_per_second"], rel=0.02)
-        assert rate > 0
+    assert all(rate > 0 for _, _, rate in shown)
+    assert all(row["tokens_per_second"] > 0 for row in rows("run"))
 
 
 def test_only_torchs_adamw_on_a_gpu_is_read_late(monkeypatch):
@@ -451,6 +455,18 @@ def test_only_torchs_adamw_on_a_gpu_is_read_late(monkeypatch):
     assert not of("cpu", adamw)
     assert not of("cuda", Muon([{"params": [weight], "lr": 1.0}]))
     assert not of("cuda", adamw, torch.amp.GradScaler("cpu", enabled=True))
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_fused_adamw_counts_its_steps_where_the_weights_are(fused, device):
+    """As torch itself begins its state; "meta" stands for a device that is not the host."""
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device="meta"))
+    optimizer = torch.optim.AdamW([{"params": [weight], "fused": fused}])
+    reserve_moments(optimizer)
+    state = optimizer.state[weight]
+    assert {name: value.device.type for name, value in state.items()} == {
+        "step": device, "exp_avg": "meta", "exp_avg_sq": "meta",
+    }  # fmt: skip
 
 
 def test_a_failed_checkpoint_leaves_the_run_going_on(train, text_file, monkeypatch):

@@ -15,7 +15,7 @@ class CalibrationPage:
     Attributes:
         temperature, standard_error: the fitted T; the error is None where there is none.
         held_out: whether the numbers are of text that the fit has not seen.
-        before, after: nanogpt.calibration.CalibrationReport.as_dict, at T = 1 and at T.
+        before, after: nanogpt.reliability.CalibrationReport.as_dict, at T = 1 and at T.
         bits_per_nat: bits a byte for an NLL of one nat a token; None for text without bytes.
         difference: of the NLL, in nats a token: "mean", and "interval" or None.
         notes: sentences for the user.
