@@ -222,7 +222,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if path.stat().st_size == 0:
         raise InputError(f"the model file {path} is empty")
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path} is not a model file: its name ends in {' or '.join(SUFFIXES)}")
+        raise InputError(
+            f"{path} is not a model file: the name of one ends in {' or '.join(SUFFIXES)}"
+        )
     return _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
 
 

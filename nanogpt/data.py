@@ -280,7 +280,7 @@ def _scan(sources: Sequence[Source], encoding_errors: str) -> _Scan:
         for text in reader.chunks(source, digest):
             seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
         if reader.n_bytes == before:
-            raise InputError(f"{source.name} is empty: there is no text to train on")
+            raise InputError(f"{source.name} is empty: there is no text in it")
         whole.update(digest.digest())
     characters = "".join(map(chr, np.flatnonzero(seen).tolist()))
     return _Scan(whole.hexdigest(), reader.n_bytes, reader.replaced, characters)

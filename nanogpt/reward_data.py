@@ -412,7 +412,9 @@ def _length(rewards: np.ndarray, sizes: np.ndarray) -> Finding | None:
     if not math.isfinite(rho):
         return None
     strong = abs(rho) >= _STRONG_CORRELATION and p < _SMALL_P
-    message = f"reward and length of a text: rank correlation {rho:+.3f} (p = {p:.2g})"
+    message = f"reward and length of a text: rank correlation {rho:+.3f}"
+    if math.isfinite(p):
+        message += f" (p = {p:.2g})"
     if strong:
         message += f"; the model will learn to write {'longer' if rho > 0 else 'shorter'} texts"
     return Finding("length", strong, message, {"rho": rho, "p": p})

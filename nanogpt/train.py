@@ -446,6 +446,12 @@ def _finish(
         best = saver.best()
         if folder.deliver(best, output):
             say(f"wrote {output}: the best model, of step {position.best_step:,}")
+        if summary["val_bits_per_byte"] is not None and reporter.baselines:
+            beside = ", ".join(f"{name} {bits:.3f}" for name, bits in reporter.baselines.items())
+            say(
+                f"held-out text costs it {summary['val_bits_per_byte']:.3f} bits a byte; "
+                f"without a model: {beside}"
+            )
         say(f"report: {report}")
         if config.sample_tokens and not config.json:
             print(_sample(best.to(plan.device), plan.device, config))

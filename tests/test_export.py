@@ -624,6 +624,7 @@ BAD = {
         "gpt.pth",
     ),
     "another format's ending": (["--output", "x.gguf"], 2, "ends as gguf does"),
+    "an ending that sample does not know": (["--output", "x.bin"], 2, "by its ending .pt"),
     "an ending of no model file": (
         ["--format", "safetensors", "--output", "x.bin"],
         2,

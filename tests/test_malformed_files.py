@@ -287,7 +287,8 @@ MODELS = {
     ),
     "a pipe in place of a model": Kind(pipe("m.pth"), "{path} is not a file"),
     "a model with an unknown ending": Kind(
-        written("m.onnx", "x"), "{path} is not a model file: its name ends in .pth or .safetensors"
+        written("m.onnx", "x"),
+        "{path} is not a model file: the name of one ends in .pth or .safetensors",
     ),
     "a text called .pth": Kind(
         written("m.pth", "hello"), "{path} cannot be read: it is damaged or not a file of tensors"
@@ -622,7 +623,7 @@ EXPORTS = {
     "a checkpoint of torch called .pt": Kind(
         made("m.pt", lambda: pth_bytes({"model": {}, "iter_num": 3})),
         "{path} is an ordinary TorchScript file or state dict, not one of nanogpt "
-        "export: it has no extra/nanogpt.json",
+        "export, which makes one of it: it has no extra/nanogpt.json",
     ),
     "an export cut in half": Kind(
         export(lambda raw: raw[: len(raw) // 2]),
@@ -656,7 +657,7 @@ EXPORTS = {
     "an export without an index": Kind(
         export(renamed(INDEX, "extra/other.json")),
         "{path} is an ordinary TorchScript file or state dict, not one of nanogpt "
-        "export: it has no extra/nanogpt.json",
+        "export, which makes one of it: it has no extra/nanogpt.json",
     ),
     "an export with a compressed record": Kind(
         export(lambda raw: rewritten(raw, compressed="constants/0")),
@@ -1096,9 +1097,9 @@ def folder_without_text(folder: Path) -> Path:
 
 TEXTS = {
     "a text that is missing": Kind(absent("b.txt"), "there is no file {path}"),
-    "a text that is empty": Kind(text(""), "{path} is empty: there is no text to train on"),
+    "a text that is empty": Kind(text(""), "{path} is empty: there is no text in it"),
     "a text of a byte order mark alone": Kind(
-        text(b"\xef\xbb\xbf"), "{path} is empty: there is no text to train on"
+        text(b"\xef\xbb\xbf"), "{path} is empty: there is no text in it"
     ),
     "a text that is not UTF-8": Kind(
         text(NOT_UTF8),
@@ -1126,7 +1127,7 @@ TEXTS = {
         "{path} is a damaged gzip file, or none at all",
     ),
     "an empty file called .gz": Kind(
-        gzip_damage(lambda raw: b""), "{path} is empty: there is no text to train on"
+        gzip_damage(lambda raw: b""), "{path} is empty: there is no text in it"
     ),
 }
 

@@ -214,7 +214,7 @@ void ModelFile::Content::open_archive() {
   const ArchiveEntry* const entry = archive.find(index_name);
   if (entry == nullptr) {
     throw InputError(file + " is an ordinary TorchScript file or state dict, not one of nanogpt " +
-                     "export: it has no " + index_name);
+                     "export, which makes one of it: it has no " + index_name);
   }
   if (!entry->stored) {
     damaged(file, std::string("its record ") + index_name + " is compressed");

@@ -151,6 +151,8 @@ def check_combination(format: str, quantize: str, output: Path) -> None:
         raise UsageError(f"--output {output} is a folder; {format} is one file")
     if format != "hf" and output.exists() and not output.is_file():
         raise UsageError(f"--output {output} is a device or a pipe; {format} is one file")
+    if format == "torchscript" and kind is None:
+        raise UsageError(f"--output {output}: `sample` knows such an export by its ending .pt")
     if format == "hf" and output.exists():
         if not output.is_dir():
             raise UsageError(f"--output {output} is a file; hf is a folder")
