@@ -184,3 +184,15 @@ def test_the_first_losses_of_a_quick_run_do_not_flatten_the_rest():
         r'text-anchor="end">([\d.,]+)<', Chart("t", "x", "y", [Series("s", losses, "train")]).svg()
     )
     assert float(labels[-1]) < 4
+
+
+def test_labels_of_levels_do_not_cover_each_other():
+    series = [Series("a", ((0, 1.0), (10, 2.0)), "train")]
+    close = [("first", 1.50), ("second", 1.51), ("third", 1.52), ("far away", 1.0)]
+    svg = Chart("t", "x", "y", series, levels=close).svg()
+    found = re.findall(r'<text class="level" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)', svg)
+    boxes = [(float(x), float(x) + 7 * len(name), float(y)) for x, y, name in found]
+    assert [name for _, _, name in found] == [name for name, _ in close]
+    for i, (left, right, y) in enumerate(boxes):
+        for other_left, other_right, other_y in boxes[:i]:
+            assert abs(y - other_y) >= 14 or right <= other_left or other_right <= left

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 18, 14, 44
 _MOST_POINTS = 600
+_LINE_HEIGHT, _LETTER_WIDTH = 14, 7  # of a label, about
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,18 @@ class Chart:
             f"<title>{html.escape(self.title)}</title>",
             *self.grid(x_axis, y_axis),
         ]
+        taken: list[tuple[float, int]] = []  # heights of labels, and where they end
         for name, value in self.levels:
             y = y_axis.place(value)
             parts.append(
                 f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
             )
+            # Beside those that it would cover.
+            near = [end for height, end in taken if abs(height - y) < _LINE_HEIGHT]
+            x = max(near, default=_LEFT + 40)
+            taken.append((y, x + _LETTER_WIDTH * (len(name) + 2)))
             parts.append(
-                f'<text class="level" x="{_LEFT + 40}" y="{y + 14:.1f}" '
+                f'<text class="level" x="{x}" y="{y + 14:.1f}" '
                 f'text-anchor="start">{html.escape(name)}</text>'
             )
         for series, points in drawn:
