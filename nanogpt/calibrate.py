@@ -44,6 +44,7 @@ from nanogpt.report.calibration import CalibrationPage, comparison, render_calib
 
 _LOGIT_BYTES = 64 * 2**20
 _BATCH_TOKENS = 16_384
+_LEAST_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,6 @@ class Outcome:
 
     Attributes:
         before, after, per_token: statistics at T = 1, at T, and at each token's own T.
-        held_out: whether they are of other text than the fit's.
         difference: NLL at T minus NLL at 1, by windows.
         per_token_difference: NLL at each token's own T minus NLL at T.
         bytes_per_target: of the text that judges; 0 where its targets stand for no bytes.
@@ -156,7 +156,6 @@ class Outcome:
     before: TokenStatistics
     after: TokenStatistics
     per_token: TokenStatistics | None
-    held_out: bool
     difference: Difference
     per_token_difference: Difference | None
     bytes_per_target: float
@@ -197,7 +196,7 @@ def run(config: CalibrateConfig) -> int:
         except ValueError as error:
             raise InputError(f"{config.model} cannot be calibrated: {error}") from None
         difference = outcome.difference
-        if outcome.held_out and difference.interval[0] > 0:
+        if difference.interval[0] > 0:
             notes.append("on text that it was not fitted to, this temperature is worse than none")
         _adopt(model, outcome)
         content = _as_json(config, output, corpus, outcome, notes)
@@ -222,10 +221,11 @@ def _calibrate(
     """Fit on one half of the windows, judge on the other; sentences for the user go to `notes`."""
     windows = windows_of(corpus.tokens, model.config.block_size)
     to_fit, to_judge = split_windows(windows, config.seed)
-    held_out = to_judge.n_targets > 0
-    if not held_out:
-        to_judge = to_fit
-        notes.append("the text is too short for two halves: what was fitted judges itself")
+    if to_fit.n_targets + to_judge.n_targets < _LEAST_TOKENS:
+        raise InputError(
+            f"{corpus.name} is too short to fit a temperature to: at least {_LEAST_TOKENS} tokens "
+            f"are needed, and some thousands for one that is known well"
+        )
     say(
         f"text {corpus.name}: {to_fit.n_targets:,} tokens to fit, {to_judge.n_targets:,} to judge; "
         f"the numbers mean something only if the model was not trained on them"
@@ -255,7 +255,6 @@ def _calibrate(
         before=before,
         after=after,
         per_token=per_token,
-        held_out=held_out,
         difference=paired_difference(before.nll, after.nll, before.groups),
         per_token_difference=own,
         bytes_per_target=corpus.count_bytes(to_judge.targets()) / to_judge.n_targets,
@@ -300,7 +299,6 @@ def _as_json(
         "passes": scaler.passes_,
         "n_tokens_fitted": scaler.n_tokens_,
         "n_tokens_judged": outcome.before.n_tokens,
-        "held_out": outcome.held_out,
         "nll_fitted_before": scaler.nll_before_,
         "nll_fitted_after": scaler.nll_after_,
         "nll_difference": _difference(outcome.difference),
@@ -329,21 +327,18 @@ def _page(
     config: CalibrateConfig, corpus: Corpus, outcome: Outcome, content: dict[str, Any]
 ) -> CalibrationPage:
     scaler = outcome.scaler
-    halves = "one window of every two" if outcome.held_out else "all windows"
     facts = {
         "model": config.model,
         "text": f"{corpus.name}, {corpus.n_tokens:,} tokens, {corpus.n_bytes:,} bytes",
-        "fitted to": f"{scaler.n_tokens_:,} tokens, {halves}, drawn with seed {config.seed}",
+        "fitted to": f"{scaler.n_tokens_:,} tokens, one window of every two, seed {config.seed}",
         "passes over them": str(scaler.passes_),
         "NLL there, nats a token": f"{scaler.nll_before_:.4f}, now {scaler.nll_after_:.4f}",
-        "judged on": f"{outcome.before.n_tokens:,} tokens"
-        + (" that the fit has not seen" if outcome.held_out else ", the same ones"),
+        "judged on": f"{outcome.before.n_tokens:,} tokens that the fit has not seen",
     }
     return CalibrationPage(
         title=f"{Path(config.model).name} on {corpus.name}",
         temperature=scaler.temperature_,
         standard_error=_finite(scaler.temperature_se_),
-        held_out=outcome.held_out,
         before=content["before"],
         after=content["after"],
         bits_per_nat=_bits_per_nat(outcome),

@@ -253,15 +253,6 @@ def test_a_text_of_fewer_than_a_thousand_tokens_warns_with_the_error(calibrate, 
     assert "note: the temperature was fitted to" in calibrate().err
 
 
-def test_a_text_of_one_letter_judges_itself_and_says_so(calibrate, text_path):
-    text_path.write_text("a")
-    outcome = calibrate("--json", "--report", text_path.with_name("c.html"))
-    assert outcome.code == 0
-    result = json.loads(outcome.out)
-    assert not result["held_out"]
-    assert "judges itself" in result["notes"][0]
-
-
 def test_tokens_that_stand_for_no_bytes_have_no_bits_a_byte(nanogpt, tmp_path):
     """A bpe vocabulary has tokens of several bytes: the bits are per byte, not per token."""
     text = tmp_path / "words.txt"
@@ -291,7 +282,6 @@ def page_of(confidence, correct, **changes):
         "title": "gpt.pth on held",
         "temperature": 2.0,
         "standard_error": 0.1,
-        "held_out": True,
         "before": {**content, "entropy_gap": -0.5},
         "after": {**content, "entropy_gap": 0.0},
         "bits_per_nat": 1.44,
@@ -309,7 +299,6 @@ def test_a_page_says_which_way_the_model_was_wrong_and_whether_noise_is_left():
     assert "right 50.0% of the time, with a probability of 90.0%" in over
     assert "more than noise would show" in over
     assert "under-confident" in page_of(1 - sure, right)
-    assert "the fit has seen" in page_of(sure, right, held_out=False)
 
 
 def test_a_page_of_odd_numbers_and_hostile_names_is_a_page():
@@ -425,6 +414,7 @@ BAD = {
     "no model": (lambda t: ["--model", t / "no.pth", "--text", t / "held.txt"], 3, "no.pth"),
     "a missing text": (lambda t: ["--text", t / "nowhere.txt"], 3, "nowhere.txt"),
     "an empty text": (lambda t: ["--text", t / "empty.txt"], 3, "is empty"),
+    "a text of one letter": (lambda t: ["--text", t / "one.txt"], 3, "at least 10 tokens"),
     "letters that the model lacks": (lambda t: ["--text", t / "greek.txt"], 3, "'α'"),
     "bytes that are no text": (lambda t: ["--text", t / "raw.bin"], 3, "not UTF-8"),
     "a foreign model": (lambda t: ["--model", t / "held.txt"], 3, "held.txt"),
@@ -447,6 +437,7 @@ def test_bad_input_ends_with_its_code_and_one_sentence(
     nanogpt, model_path, text_path, tmp_path, case
 ):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "one.txt").write_text("a")
     (tmp_path / "greek.txt").write_text("abc α", encoding="utf-8")
     (tmp_path / "raw.bin").write_bytes(b"ab\xff\xfe")
     (tmp_path / "dir.pth").mkdir()

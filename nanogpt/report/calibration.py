@@ -14,7 +14,6 @@ class CalibrationPage:
 
     Attributes:
         temperature, standard_error: the fitted T; the error is None where there is none.
-        held_out: whether the numbers are of text that the fit has not seen.
         before, after: nanogpt.reliability.CalibrationReport.as_dict, at T = 1 and at T.
         bits_per_nat: bits a byte for an NLL of one nat a token; None for text without bytes.
         difference: of the NLL, in nats a token: "mean", and "interval" or None.
@@ -25,7 +24,6 @@ class CalibrationPage:
     title: str
     temperature: float
     standard_error: float | None
-    held_out: bool
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     bits_per_nat: float | None
@@ -97,8 +95,7 @@ def _verdict(page: CalibrationPage) -> str:
             f"{page.before['confidence']:.1%}; now it is {page.after['confidence']:.1%}"
         )
     left = "noise alone would show" if page.after["is_consistent"] else "more than noise would show"
-    seen = "" if page.held_out else ", judged on the very text that the fit has seen"
-    return f"{found}. What is left, an ECE of {page.after['ece']:.2%}, is {left}{seen}."
+    return f"{found}. What is left, an ECE of {page.after['ece']:.2%}, is {left}."
 
 
 def _figures(page: CalibrationPage) -> list[tuple[str, str]]:

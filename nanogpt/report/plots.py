@@ -75,10 +75,10 @@ class Chart:
             )
             # Beside those that it would cover.
             near = [end for height, end in taken if abs(height - y) < _LINE_HEIGHT]
-            x = max(near, default=_LEFT + 40)
-            taken.append((y, x + _LETTER_WIDTH * (len(name) + 2)))
+            left = max(near, default=_LEFT + 40)
+            taken.append((y, left + _LETTER_WIDTH * (len(name) + 2)))
             parts.append(
-                f'<text class="level" x="{x}" y="{y + 14:.1f}" '
+                f'<text class="level" x="{left}" y="{y + 14:.1f}" '
                 f'text-anchor="start">{html.escape(name)}</text>'
             )
         for series, points in drawn:
