@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -327,7 +327,7 @@ class _Run:
         if arms:
             summary["comparison"] = arms
             if not self.plan.config.json:
-                print(_table(arms))
+                print(_table(arms, self.judge))
         elif not self.plan.config.json:
             print(self._sample(models[WEIGHTED]))
         return self._end(summary | {"status": "finished", "report": str(report)}, None)
@@ -353,6 +353,12 @@ class _Run:
             f"({stats.ess_fraction:.0%}); mean reward {stats.reward_mean:.4g} in the data, "
             f"{stats.reward_weighted:.4g} under the weights; KL {stats.kl:.3g} nats"
         )
+        kept = sum(weight > 0 for weight in self.weights) / len(self.weights)
+        if config.weighting == "topk" and kept > 1.5 * config.top_fraction:
+            self.say(
+                f"note: {kept:.0%} of the records are learnt from and not the best "
+                f"{config.top_fraction:.0%}: they share the lowest reward that is kept"
+            )
         if stats.ess_fraction < _SMALL_ESS:
             self.say(
                 f"WARNING: the weights use {stats.ess:,.0f} of {stats.n:,} records: a larger "
@@ -671,7 +677,7 @@ class _Training:
         self.saver.save(step, self.model, self.trainer.state(), state, is_best=is_best)
 
 
-def _table(arms: Sequence[dict[str, Any]]) -> str:
+def _table(arms: Sequence[dict[str, Any]], judge: Mapping[str, Any] | None) -> str:
     """The proof as text."""
 
     def interval(estimate: dict[str, float] | None) -> str:
@@ -704,6 +710,6 @@ def _table(arms: Sequence[dict[str, Any]]) -> str:
             "bad texts: unseen",
             "records above and below the mean reward, nats a text more than plain training gives "
             "them.",
-            offline_verdict(arms),
+            offline_verdict(arms, judge),
         ]
     )

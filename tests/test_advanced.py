@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanogpt import load
+from nanogpt.report.alignment import offline_verdict
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32"]
 
@@ -182,6 +183,22 @@ def test_preferences_move_a_model_towards_good_records(nanogpt, reward_file, tmp
                    "--output", "o.pth", "--run-dir", "o", shape=[])  # fmt: skip
     assert done.code == 0, done.err
     assert metrics(tmp_path / "o")[-1]["val_accuracy"] > 0.9
+
+
+def test_more_than_the_best_part_is_said_where_rewards_are_alike(nanogpt, reward_file):
+    flags = ("--weighting", "topk", "--epochs", 1, "--output", "o.pth")
+    done = offline(nanogpt, reward_file, *flags, "--top-fraction", 0.1, "--run-dir", "a")
+    assert "% of the records are learnt from and not the best 10%" in done.err
+    done = offline(nanogpt, reward_file, *flags, "--top-fraction", 0.5, "--run-dir", "b")
+    assert "not the best" not in done.err
+
+
+@pytest.mark.parametrize(("auroc", "is_doubted"), [(0.375, True), (0.7, False)])
+def test_a_verdict_says_where_its_judge_is_no_better_than_chance(auroc, is_doubted):
+    mean = {"reward": {"mean": 0.5}, "above_plain": {"low": 0.1, "high": 0.3}}
+    said = offline_verdict([mean, mean], {"auroc": auroc, "n_held_out": 12})
+    assert said.startswith("It helped")
+    assert ("the judge hardly tells good texts from bad" in said) is is_doubted
 
 
 def test_halves_of_one_reward_each_are_not_compared(nanogpt, tmp_path):

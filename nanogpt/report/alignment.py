@@ -13,6 +13,9 @@ _LONGEST_SAMPLE = 600
 _MOST_SAMPLES = 4
 
 
+_USABLE_AUROC = 0.6
+
+
 @dataclass(frozen=True)
 class Part:
     """A section: a chart, a table, a note, or some of them."""
@@ -109,17 +112,29 @@ def render_offline_report(run: OfflineReport) -> str:
     return _page(
         run,
         f"Offline RL report, {run.status}",
-        offline_verdict(run.arms),
+        offline_verdict(run.arms, run.judge),
         figures,
         [part for part in parts if part is not None],
         [{"kind": "check", "message": message} for message in run.checks],
     )
 
 
-def offline_verdict(arms: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence: whether the samples of the first model after plain training are better."""
+def offline_verdict(
+    arms: Sequence[Mapping[str, Any]], judge: Mapping[str, Any] | None = None
+) -> str:
+    """Whether the samples of the first model after plain training are better, and by what judge."""
     if len(arms) < 2:
         return "Nothing was compared: --compare trains plainly too and judges both."
+    found = _compared(arms)
+    if judge is None or judge["auroc"] >= _USABLE_AUROC:
+        return found
+    return (
+        f"{found} But the judge hardly tells good texts from bad (AUROC {judge['auroc']:.2f} of "
+        f"{judge['n_held_out']:,} texts), so that this says little: more rewarded texts would help."
+    )
+
+
+def _compared(arms: Sequence[Mapping[str, Any]]) -> str:
     plain, ours = arms[0], arms[1]
     gain = ours["above_plain"]
     figures = f"{ours['reward']['mean']:.3f} against {plain['reward']['mean']:.3f}"
