@@ -397,7 +397,8 @@ def _introduce(
         f"{plan.total_steps / plan.order.steps_per_epoch:.2f} epochs, in {folder.path}"
     )
     for name, choice in plan.choices.items():
-        say(f"{name}: {choice}")
+        if name != "kernels" or plan.engine != "native":  # which has its own
+            say(f"{name}: {choice}")
     if baselines:
         shown = ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items())
         say(f"to beat, in bits a byte: {shown}")
