@@ -1,7 +1,6 @@
 """What this machine offers: device, precision, threads, memory, versions."""
 
 import contextlib
-import ctypes
 import functools
 import gc
 import os
@@ -127,10 +126,6 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    # The heap of glibc keeps what was freed below something that is still in use.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -143,7 +143,7 @@ def write_foreign(tmp_path):
         "text.pth": "damaged or not a file of tensors",
         "text.safetensors": "damaged or not safetensors",
         "folder.pth": "is not a file",
-        "model.bin": "its name ends in",
+        "model.bin": "the name of one ends in",
         "nowhere.pth": "there is no model file",
     }
 
