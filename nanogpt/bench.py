@@ -95,8 +95,6 @@ def run(config: BenchConfig) -> int:
     vocab_size = config.vocab_size if initial is None else initial.config.vocab_size
     shape = shape_from_flags(config, vocab_size) if initial is None else initial.config
     count = _new_tokens(config, shape)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     corpus = random_corpus(vocab_size, _WINDOWS * (config.batch_size + 1) * (shape.block_size + 1))
     rehearsal = Rehearsal(training, corpus, initial)
     _say("measuring what the machine can do")

@@ -193,7 +193,7 @@ def test_more_than_the_best_part_is_said_where_rewards_are_alike(nanogpt, reward
     assert "not the best" not in done.err
 
 
-@pytest.mark.parametrize(("auroc", "is_doubted"), [(0.375, True), (0.7, False)])
+@pytest.mark.parametrize(("auroc", "is_doubted"), [(0.375, True), (0.7, False), (None, False)])
 def test_a_verdict_says_where_its_judge_is_no_better_than_chance(auroc, is_doubted):
     mean = {"reward": {"mean": 0.5}, "above_plain": {"low": 0.1, "high": 0.3}}
     said = offline_verdict([mean, mean], {"auroc": auroc, "n_held_out": 12})

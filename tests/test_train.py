@@ -434,7 +434,8 @@ def test_the_pace_that_is_shown_is_that_of_the_row(train, text_file, monkeypatch
     if late:
         monkeypatch.setattr(train_module, "can_defer", lambda plan, trainer: True)
     monkeypatch.setattr(TrainingProgress, "update", lambda self, *state: shown.append(state))
-    assert train("--text", text_file, "--max-steps", 5, "--run-dir", "run").code == 0
+    flags = ("--max-steps", 5, "--eval-interval", 5, "--run-dir", "run")
+    assert train("--text", text_file, *flags, "--kernels", "torch").code == 0
     assert [step for step, _, _ in shown] == [1, 2, 3, 4, 5]
     for (_, _, rate), row in zip(shown[:-1], rows("run"), strict=False):
         assert rate == pytest.approx(row["tokens_per_second"], rel=0.02)

@@ -126,7 +126,8 @@ def offline_verdict(
     if len(arms) < 2:
         return "Nothing was compared: --compare trains plainly too and judges both."
     found = _compared(arms)
-    if judge is None or judge["auroc"] >= _USABLE_AUROC:
+    # None: the texts that it was tried on are all alike.
+    if judge is None or judge["auroc"] is None or judge["auroc"] >= _USABLE_AUROC:
         return found
     return (
         f"{found} But the judge hardly tells good texts from bad (AUROC {judge['auroc']:.2f} of "
@@ -213,10 +214,12 @@ def _comparison_chart(run: OfflineReport) -> Part | None:
     ]
     judged = ""
     if run.judge is not None:
+        auroc = run.judge["auroc"]
         judged = (
             f" The judge weighs words and pairs of words; it was fitted on the other half of the "
             f"file ({run.judge['n_fitted'] + run.judge['n_held_out']:,} texts) and tells texts "
-            f"above the mean reward from those below with an AUROC of {run.judge['auroc']:.3f}."
+            f"above the mean reward from those below with an AUROC "
+            + ("that is not known." if auroc is None else f"of {auroc:.3f}.")
         )
     chart = Intervals("Judged reward of samples", "judged reward, mean and 95 % interval", rows)
     return Part("Judged reward of samples", chart.svg(), note=judged.strip())
