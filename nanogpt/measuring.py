@@ -3,6 +3,7 @@
 Both `nanogpt bench` and the suites under benchmarks/ are made of these.
 """
 
+import math
 import platform
 import re
 import statistics
@@ -28,6 +29,7 @@ def median_seconds(
     device: str = "cpu",
     prepare: dict[str, Callable[[], Any]] | None = None,
     budget_seconds: float | None = None,
+    outrun: float = math.inf,
 ) -> dict[str, float]:
     """Median time of each function, their runs interleaved so that noise hits all alike.
 
@@ -37,6 +39,8 @@ def median_seconds(
         device: "cuda" times with events after emptying the L2, "cpu" with the host's clock.
         prepare: by name, untimed work before each run; its result is the function's argument.
         budget_seconds: without `rounds`, about how long all of it may take; one round at least.
+        outrun: one whose first timed run takes more than this many times the shortest is left at
+            that run: bfloat16 on a processor without it is a hundred times slower than float32.
     """
     if not functions:
         return {}
@@ -57,8 +61,15 @@ def median_seconds(
     elif rounds is None:
         slowest = max(run(name)() for name in functions)
         rounds = max(5, min(50, int(0.06 / slowest)))
-    found: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    found = {name: [run(name)] for name in functions}
+    if rounds > 1 and math.isfinite(outrun):
+        first = {name: reads[0]() for name, reads in found.items()}
+        functions = {
+            name: each
+            for name, each in functions.items()
+            if first[name] <= outrun * min(first.values())
+        }
+    for _ in range(rounds - 1):
         for name in functions:
             found[name].append(run(name))
     return {name: statistics.median(read() for read in reads) for name, reads in found.items()}

@@ -148,6 +148,11 @@ def test_a_budget_becomes_rounds(monkeypatch, budget, rounds):
     assert measuring.time.perf_counter() == pytest.approx(10.0 * (rounds + 1))
 
 
+def test_one_that_is_far_behind_is_timed_once(monkeypatch):
+    functions = clock(monkeypatch, {"a": [9, 1, 2, 9], "b": [9, 4, 2, 2], "c": [9, 5]})
+    assert measuring.median_seconds(functions, 3, outrun=4) == {"a": 2, "b": 2, "c": 5}
+
+
 def test_no_functions_take_no_time():
     assert measuring.median_seconds({}) == {}
 
