@@ -36,6 +36,9 @@ SHAPES = {
     "several blocks of queries": {
         "vocab_size": 300, "block_size": 150, "n_layer": 1, "n_head": 2, "n_embd": 64,
     },
+    "few tokens of a wide model": {
+        "vocab_size": 40, "block_size": 5, "n_layer": 1, "n_head": 2, "n_embd": 600,
+    },
 }  # fmt: skip
 
 

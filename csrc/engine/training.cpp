@@ -2,6 +2,8 @@
 // the rows, columns or heads and meet at a barrier.
 #include "engine/training.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -51,6 +53,21 @@ class Layout {
   char* memory_;
   int64_t used_ = 0;
 };
+
+constexpr int64_t kHugePage = int64_t{1} << 21;
+
+// Memory of which the system may make large pages: fewer translations, and pieces that do not
+// compete for the same lines of a cache by chance.
+char* reserve(int64_t bytes) {
+  const int64_t step = bytes < kHugePage ? 64 : kHugePage;
+  bytes = up_to(bytes, step);
+  void* memory = std::aligned_alloc(static_cast<size_t>(step), static_cast<size_t>(bytes));
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (step == kHugePage) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish
+#endif
+  return static_cast<char*>(memory);
+}
 
 }  // namespace
 
@@ -223,8 +240,7 @@ void TrainingStep::prepare(Workspace& space, int64_t batch, int64_t positions, b
   if (bytes > space.bytes) {
     space.memory.reset();
     space.bytes = 0;
-    space.memory.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
-    if (!space.memory) throw std::bad_alloc();
+    space.memory.reset(reserve(bytes));
     space.bytes = bytes;
   }
   lay_out(space, space.memory.get());
@@ -324,13 +340,30 @@ void TrainingStep::norm_rows(Job& job, const Norm& norm, const float* x, char* y
                 stats + 2 * part.first);
 }
 
-void TrainingStep::pack_weight(const Linear& linear, bool by_column, char* to, int thread,
-                               int threads) {
-  // As (rows, cols) the weight is the right operand of the backward pass; by columns, of the other.
+// Whether a thread takes whole panels of a product rather than rows: where there are more columns
+// than rows, so that each panel is read once.
+bool TrainingStep::takes_panels(int64_t rows, int64_t cols, int threads) const {
+  return cols > rows && cols > (2 * threads - 1) * kernels_.tile_cols;
+}
+
+// Panels that one thread alone reads are packed by it, in pieces that stay near: a large weight
+// crosses the memory once instead of three times.
+bool TrainingStep::packs_late(int64_t rows, const Operand& right, int threads) const {
+  return takes_panels(rows, right.cols, threads) && right.depth <= kernels_.packed_depth;
+}
+
+// As (rows, cols) the weight is the right operand of the backward pass; by columns, of the other.
+Operand TrainingStep::operand_of(const Linear& linear, bool by_column) {
   const int64_t depth = by_column ? linear.cols : linear.rows;
   const int64_t cols = by_column ? linear.rows : linear.cols;
-  const Operand from{linear.weight.weight, linear.cols, depth, cols, by_column, true};
-  const int64_t panels = (cols + kernels_.tile_cols - 1) / kernels_.tile_cols;
+  return {linear.weight.weight, linear.cols, depth, cols, by_column, true};
+}
+
+void TrainingStep::pack_weight(int64_t rows, const Linear& linear, bool by_column, char* to,
+                               int thread, int threads) {
+  const Operand from = operand_of(linear, by_column);
+  if (packs_late(rows, from, threads)) return;
+  const int64_t panels = (from.cols + kernels_.tile_cols - 1) / kernels_.tile_cols;
   const Part part = part_of(panels, 1, thread, threads);
   kernels_.pack(from, part.first, part.last, to);
 }
@@ -346,10 +379,8 @@ void TrainingStep::pack_rows(const char* x, int64_t rows, int64_t cols, char* to
 void TrainingStep::multiply(Job& job, const Product& product, int thread, int threads) {
   const int64_t panels = (product.cols + kernels_.tile_cols - 1) / kernels_.tile_cols;
   const int64_t tiles = (product.rows + kernels_.tile_rows - 1) / kernels_.tile_rows;
-  // Whole panels go to a thread where there are more columns than rows: each is then read once.
-  const bool by_panels = product.a_transposed
-                             ? tiles < 2 * threads
-                             : product.cols > product.rows && panels >= 2 * threads;
+  const bool by_panels = product.a_transposed ? tiles < 2 * threads
+                                              : takes_panels(product.rows, product.cols, threads);
   char* scratch = job.space.scratch[static_cast<size_t>(thread)];
   if (by_panels) {
     const Part part = part_of(panels, 1, thread, threads);
@@ -358,6 +389,15 @@ void TrainingStep::multiply(Job& job, const Product& product, int thread, int th
     const Part part = part_of(product.rows, kernels_.tile_rows, thread, threads);
     kernels_.multiply(product, part.first, part.last, 0, panels, scratch);
   }
+}
+
+// A product whose right operand is a weight, packed by `pack_weight` unless it is packed late.
+void TrainingStep::multiply_weight(Job& job, const Linear& linear, bool by_column,
+                                   const Product& product, int thread, int threads) {
+  Product p = product;
+  p.right = operand_of(linear, by_column);
+  if (packs_late(p.rows, p.right, threads)) p.b = nullptr;
+  multiply(job, p, thread, threads);
 }
 
 void TrainingStep::heads(Job& job, const Kept& kept, const char* grad_out, int thread,
@@ -447,13 +487,13 @@ void TrainingStep::forward_layer(Job& job, size_t i, const float* x, float* next
   const Layer& layer = layers_[i];
   const Kept& k = s.layers[job.backward ? i : 0];
   norm_rows(job, layer.ln_1, x, k.first, k.first_stats, thread, threads);
-  pack_weight(layer.attention, true, s.left, thread, threads);
+  pack_weight(n, layer.attention, true, s.left, thread, threads);
   pool_.barrier(thread);
-  multiply(job,
-           product_with(k.first, n, width, s.left, 3 * width, Finish::store, k.qkv,
-                        layer.attention.bias.weight),
-           thread, threads);
-  pack_weight(layer.projection, true, s.right, thread, threads);
+  multiply_weight(job, layer.attention, true,
+                  product_with(k.first, n, width, s.left, 3 * width, Finish::store, k.qkv,
+                               layer.attention.bias.weight),
+                  thread, threads);
+  pack_weight(n, layer.projection, true, s.right, thread, threads);
   pool_.barrier(thread);
   heads(job, k, nullptr, thread, threads);
   pool_.barrier(thread);
@@ -461,26 +501,27 @@ void TrainingStep::forward_layer(Job& job, size_t i, const float* x, float* next
   const auto branch = [&](const char* from, int64_t depth, const Linear& linear, const float* base,
                           float* out) {
     const bool drops = job.drops;
-    multiply(job,
-             product_with(from, n, depth, s.right, width, drops ? Finish::wide : Finish::residual,
-                          drops ? s.dy : out, linear.bias.weight, const_cast<float*>(base)),
-             thread, threads);
+    multiply_weight(
+        job, linear, true,
+        product_with(from, n, depth, s.right, width, drops ? Finish::wide : Finish::residual,
+                     drops ? s.dy : out, linear.bias.weight, const_cast<float*>(base)),
+        thread, threads);
   };
   const auto mask = static_cast<int64_t>(2 * i + 1);
   branch(k.mixed, width, layer.projection, x, k.middle);
-  pack_weight(layer.up, true, s.left, thread, threads);
+  pack_weight(n, layer.up, true, s.left, thread, threads);
   pool_.barrier(thread);
   if (job.drops) {
     add_branch(job, mask, x, k.middle, thread, threads);
     pool_.barrier(thread);
   }
   norm_rows(job, layer.ln_2, k.middle, k.second, k.second_stats, thread, threads);
-  pack_weight(layer.down, true, s.right, thread, threads);
+  pack_weight(n, layer.down, true, s.right, thread, threads);
   pool_.barrier(thread);
-  multiply(job,
-           product_with(k.second, n, width, s.left, 4 * width, Finish::gelu, k.after,
-                        layer.up.bias.weight, k.before),
-           thread, threads);
+  multiply_weight(job, layer.up, true,
+                  product_with(k.second, n, width, s.left, 4 * width, Finish::gelu, k.after,
+                               layer.up.bias.weight, k.before),
+                  thread, threads);
   pool_.barrier(thread);
   if (next == nullptr) return;
   branch(k.after, 4 * width, layer.down, k.middle, next);
@@ -497,15 +538,17 @@ void TrainingStep::head(Job& job, int thread, int threads) {
   const int64_t width = c.n_embd, n = job.rows, vocab = up_to(c.vocab_size, 2);
   const int64_t e = kernels_.element_bytes;
   const Linear weight{tokens_, Trained{}, c.vocab_size, width};
-  pack_weight(weight, true, s.head, thread, threads);
-  if (job.backward) pack_weight(weight, false, s.head_back, thread, threads);
+  const int64_t most = std::min(s.chunk, n);
+  pack_weight(most, weight, true, s.head, thread, threads);
+  if (job.backward) pack_weight(most, weight, false, s.head_back, thread, threads);
   pool_.barrier(thread);
   const float scale = static_cast<float>(job.scale / static_cast<double>(n));
   for (int64_t start = 0; start < n; start += s.chunk) {
     const int64_t rows = std::min(s.chunk, n - start);
     const char* hidden = s.hidden + start * width * e;
-    multiply(job, product_with(hidden, rows, width, s.head, c.vocab_size, Finish::wide, s.logits),
-             thread, threads);
+    multiply_weight(job, weight, true,
+                    product_with(hidden, rows, width, s.head, c.vocab_size, Finish::wide, s.logits),
+                    thread, threads);
     if (job.backward) pack_rows(hidden, rows, width, s.pair, thread, threads);
     pool_.barrier(thread);
     const Part part = part_of(rows, 1, thread, threads);
@@ -519,7 +562,7 @@ void TrainingStep::head(Job& job, int thread, int threads) {
     Product back = product_with(s.grad_logits, rows, c.vocab_size, s.head_back, width, Finish::wide,
                                 s.dy + start * width);
     back.a_ld = vocab;
-    multiply(job, back, thread, threads);
+    multiply_weight(job, weight, false, back, thread, threads);
     Product own = product_with(s.grad_logits, c.vocab_size, rows, s.pair, width,
                                job.add || start > 0 ? Finish::add : Finish::wide, tokens_.grad);
     own.a_transposed = true;
@@ -637,40 +680,43 @@ void TrainingStep::backward_layer(Job& job, size_t i, int thread, int threads) {
   }
 
   pack_rows(k.after, n, 4 * width, s.right, thread, threads);
-  pack_weight(layer.down, false, s.left, thread, threads);
+  pack_weight(n, layer.down, false, s.left, thread, threads);
   pool_.barrier(thread);
   norm_sums(job, after, 0, thread, threads);
   weight_gradient(job, layer.down, s.narrow, s.right, thread, threads);
-  multiply(job,
-           product_with(s.narrow, n, width, s.left, 4 * width, Finish::gelu_grad, s.wide, nullptr,
-                        k.before),
-           thread, threads);
+  multiply_weight(job, layer.down, false,
+                  product_with(s.narrow, n, width, s.left, 4 * width, Finish::gelu_grad, s.wide,
+                               nullptr, k.before),
+                  thread, threads);
   pool_.barrier(thread);
   pack_rows(k.second, n, width, s.pair, thread, threads);
-  pack_weight(layer.up, false, s.left, thread, threads);
+  pack_weight(n, layer.up, false, s.left, thread, threads);
   pool_.barrier(thread);
   weight_gradient(job, layer.up, s.wide, s.pair, thread, threads);
-  multiply(job, product_with(s.wide, n, 4 * width, s.left, width, Finish::wide, s.dy), thread,
-           threads);
+  multiply_weight(job, layer.up, false,
+                  product_with(s.wide, n, 4 * width, s.left, width, Finish::wide, s.dy), thread,
+                  threads);
   pool_.barrier(thread);
   const auto mask = static_cast<int64_t>(2 * i);  // of the branch before this layer
   norm_backward_rows(job, layer.ln_2, k.middle, k.second_stats, false, 1, mask + 1, thread,
                      threads);
   pack_rows(k.mixed, n, width, s.pair, thread, threads);
-  pack_weight(layer.projection, false, s.left, thread, threads);
+  pack_weight(n, layer.projection, false, s.left, thread, threads);
   pool_.barrier(thread);
   norm_sums(job, layer.ln_2, 1, thread, threads);
   weight_gradient(job, layer.projection, s.narrow, s.pair, thread, threads);
-  multiply(job, product_with(s.narrow, n, width, s.left, width, Finish::store, s.wide), thread,
-           threads);
+  multiply_weight(job, layer.projection, false,
+                  product_with(s.narrow, n, width, s.left, width, Finish::store, s.wide), thread,
+                  threads);
   pool_.barrier(thread);
   heads(job, k, s.wide, thread, threads);
   pack_rows(k.first, n, width, s.pair, thread, threads);
-  pack_weight(layer.attention, false, s.left, thread, threads);
+  pack_weight(n, layer.attention, false, s.left, thread, threads);
   pool_.barrier(thread);
   weight_gradient(job, layer.attention, s.grad_qkv, s.pair, thread, threads);
-  multiply(job, product_with(s.grad_qkv, n, 3 * width, s.left, width, Finish::wide, s.dy), thread,
-           threads);
+  multiply_weight(job, layer.attention, false,
+                  product_with(s.grad_qkv, n, 3 * width, s.left, width, Finish::wide, s.dy), thread,
+                  threads);
   pool_.barrier(thread);
   norm_backward_rows(job, layer.ln_1, k.x, k.first_stats, false, 0, mask, thread, threads);
 }
@@ -842,10 +888,9 @@ void TrainingStep::muon(const std::vector<MuonMatrix>& matrices, const Muon& by)
   }
   scratch = up_to(scratch, 64);
   if (muon_bytes_ < scratch) {
-    muon_memory_.reset(
-        static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(scratch) * threads)));
-    muon_bytes_ = muon_memory_ ? scratch : 0;
-    if (!muon_memory_) throw std::bad_alloc();
+    muon_bytes_ = 0;
+    muon_memory_.reset(reserve(scratch * static_cast<int64_t>(threads)));
+    muon_bytes_ = scratch;
   }
   struct Context {
     const TrainingStep* self;

@@ -143,9 +143,15 @@ class TrainingStep {
                           bool first, int which, int64_t mask, int thread, int threads);
   void norm_sums(Job& job, const Norm& norm, int which, int thread, int threads);
   void bias_sums(Job& job, const Linear& linear, const char* x, int thread, int threads);
-  void pack_weight(const Linear& linear, bool by_column, char* to, int thread, int threads);
+  bool takes_panels(int64_t rows, int64_t cols, int threads) const;
+  bool packs_late(int64_t rows, const Operand& right, int threads) const;
+  static Operand operand_of(const Linear& linear, bool by_column);
+  void pack_weight(int64_t rows, const Linear& linear, bool by_column, char* to, int thread,
+                   int threads);
   void pack_rows(const char* x, int64_t rows, int64_t cols, char* to, int thread, int threads);
   void multiply(Job& job, const Product& product, int thread, int threads);
+  void multiply_weight(Job& job, const Linear& linear, bool by_column, const Product& product,
+                       int thread, int threads);
   void weight_gradient(Job& job, const Linear& linear, const char* grad, const char* packed,
                        int thread, int threads);
   // Attention, or its backward pass where the gradient of its output is given.

@@ -21,21 +21,6 @@ enum class Finish {
   add,        // out += x, float32
 };
 
-// (rows, cols) = A (rows, depth) B (depth, cols) + bias.
-struct Product {
-  const void* a = nullptr;  // elements: (rows, depth), or (depth, rows) where transposed
-  int64_t a_ld = 0;         // elements from one of its rows to the next
-  bool a_transposed = false;
-  const void* b = nullptr;  // as a `pack_…` leaves it
-  int64_t b_depth = 0;      // the depth it was packed with, at least `depth`
-  int64_t rows = 0, cols = 0, depth = 0;
-  Finish finish = Finish::store;
-  void* out = nullptr;
-  void* other = nullptr;
-  int64_t ld = 0;  // elements from one row of out and other to the next
-  const float* bias = nullptr;
-};
-
 // A matrix as it lies, to be packed as the right operand of a product.
 struct Operand {
   const void* data = nullptr;
@@ -43,6 +28,22 @@ struct Operand {
   int64_t depth = 0, cols = 0;
   bool by_column = false;  // data is (cols, depth) rather than (depth, cols)
   bool floats = false;     // of float32 where elements are bfloat16
+};
+
+// (rows, cols) = A (rows, depth) B (depth, cols) + bias.
+struct Product {
+  const void* a = nullptr;  // elements: (rows, depth), or (depth, rows) where transposed
+  int64_t a_ld = 0;         // elements from one of its rows to the next
+  bool a_transposed = false;
+  const void* b = nullptr;  // as `pack` leaves it; null: `right` is packed where it is read
+  int64_t b_depth = 0;      // the depth it was packed with, at least `depth`
+  Operand right;            // only where A is not transposed
+  int64_t rows = 0, cols = 0, depth = 0;
+  Finish finish = Finish::store;
+  void* out = nullptr;
+  void* other = nullptr;
+  int64_t ld = 0;  // elements from one row of out and other to the next
+  const float* bias = nullptr;
 };
 
 // One head of one sequence. Queries, keys and values are rows of (T, 3C); D is even.
@@ -73,8 +74,9 @@ struct TrainingKernels {
   const char* name;
   int element_bytes;
   int tile_rows, tile_cols;
-  // Bytes of scratch that a thread needs for `multiply`.
-  int64_t product_scratch;
+  // Bytes of scratch that a thread needs for `multiply`; right operands up to `packed_depth` deep
+  // can be packed there.
+  int64_t product_scratch, packed_depth;
 
   int64_t (*packed_bytes)(int64_t depth, int64_t cols);
   // Panels first .. last - 1 of tile_cols columns.

@@ -7,9 +7,11 @@ namespace {
 
 constexpr int kTileRows = Isa::registers >= 32 ? 14 : 6;
 constexpr int kTileCols = 2 * W;
-constexpr int kBlockTiles = 16;       // tiles of rows that share a panel while it is near
-constexpr int64_t kDepthBlock = 512;  // of a transposed left operand, which is packed
-constexpr int64_t kUnit = 4;          // bytes
+constexpr int kBlockTiles = 16;  // tiles of rows that share a panel while it is near
+constexpr int64_t kDepthBlock = Isa::registers >= 32 ? 512 : 768;  // of a transposed left operand
+constexpr int64_t kUnit = 4;                                       // bytes
+constexpr int64_t kLine = 64;  // bytes that memory hands over together
+constexpr int64_t kLineUnits = kLine / kUnit;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -143,6 +145,22 @@ inline void turn(typename U::V (&rows)[W]) {
     rows[i] = reinterpret_cast<V>(_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
     rows[i + 8] = reinterpret_cast<V>(_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
   }
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
 #else
   int32_t in[W][W], out[W][W];
   for (int i = 0; i < W; ++i) U::put_units(reinterpret_cast<char*>(in[i]), rows[i]);
@@ -168,8 +186,34 @@ int64_t packed_bytes(int64_t depth, int64_t cols) {
   return (cols + kTileCols - 1) / kTileCols * panel_bytes<U>(depth);
 }
 
+constexpr int64_t kPackUnits = 32;  // that are read of every panel before more rows are
+
 template <class U, bool kFloats>
-void pack_panels(const Operand& from, int64_t first, int64_t last, char* to) {
+void pack_rows(const Operand& from, int64_t first, int64_t last, char* to) {
+  constexpr int64_t width = kFloats ? 4 : static_cast<int64_t>(sizeof(typename U::T));
+  const char* data = static_cast<const char*>(from.data);
+  const int64_t units = units_of<U>(from.depth), row_bytes = from.ld * width;
+  for (int64_t start = 0; start < units; start += kPackUnits) {
+    const int64_t end = least(units, start + kPackUnits);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t col = panel * kTileCols;
+      char* out = to + (panel * units + start) * kTileCols * kUnit;
+      for (int64_t u = start; u < end; ++u, out += kTileCols * kUnit) {
+        const char* row = data + U::per * u * row_bytes;
+        const char* odd = U::per * u + 1 < from.depth ? row + row_bytes : nullptr;
+        for (int64_t half = 0; half < kTileCols; half += W) {
+          const int64_t at = (col + half) * width;
+          U::put_units(out + half * kUnit,
+                       U::template across<kFloats>(row + at, odd != nullptr ? odd + at : nullptr,
+                                                   from.cols - col - half));
+        }
+      }
+    }
+  }
+}
+
+template <class U, bool kFloats>
+void pack_columns(const Operand& from, int64_t first, int64_t last, char* to) {
   constexpr int64_t width = kFloats ? 4 : static_cast<int64_t>(sizeof(typename U::T));
   const char* data = static_cast<const char*>(from.data);
   const int64_t units = units_of<U>(from.depth), row_bytes = from.ld * width;
@@ -178,15 +222,6 @@ void pack_panels(const Operand& from, int64_t first, int64_t last, char* to) {
     for (int half = 0; half < 2; ++half, out += W * kUnit) {
       const int64_t col = panel * kTileCols + half * W;
       const int64_t cols = from.cols - col;
-      if (!from.by_column) {
-        const char* row = data + col * width;
-        for (int64_t u = 0; u < units; ++u, row += U::per * row_bytes) {
-          const bool odd = U::per * u + 1 < from.depth;
-          U::put_units(out + u * kTileCols * kUnit,
-                       U::template across<kFloats>(row, odd ? row + row_bytes : nullptr, cols));
-        }
-        continue;
-      }
       for (int64_t u = 0; u < units; u += W) {
         typename U::V rows[W];
         const int64_t left = from.depth - u * U::per;
@@ -204,6 +239,15 @@ void pack_panels(const Operand& from, int64_t first, int64_t last, char* to) {
   }
 }
 
+template <class U, bool kFloats>
+void pack_panels(const Operand& from, int64_t first, int64_t last, char* to) {
+  if (from.by_column) {
+    pack_columns<U, kFloats>(from, first, last, to);
+  } else {
+    pack_rows<U, kFloats>(from, first, last, to);
+  }
+}
+
 template <class U>
 void pack(const Operand& from, int64_t first, int64_t last, void* to) {
   if (from.floats) {
@@ -215,30 +259,39 @@ void pack(const Operand& from, int64_t first, int64_t last, void* to) {
 
 constexpr int kLeftVectors = (kTileRows + W - 1) / W;
 
-// Tiles of kTileRows rows of a matrix that lies as (depth, rows). Each unit's lanes beyond the tile
-// are overwritten by the next one's.
-template <class U>
-inline void pack_left(const Product& p, int64_t depth_start, int64_t units, int64_t row,
-                      int64_t last_row, char* to) {
-  constexpr int64_t width = sizeof(typename U::T);
-  const char* data = static_cast<const char*>(p.a);
-  const int64_t row_bytes = p.a_ld * width;
-  for (; row < last_row; row += kTileRows) {
-    const char* at = data + depth_start * row_bytes + row * width;
-    for (int64_t u = 0; u < units; ++u, at += U::per * row_bytes, to += kTileRows * kUnit) {
-      const bool odd = depth_start + U::per * u + 1 < p.depth;
-      for (int v = 0; v < kLeftVectors; ++v) {
-        const char* even_row = at + v * W * width;
-        U::put_units(to + v * W * kUnit,
-                     U::template across<false>(even_row, odd ? even_row + row_bytes : nullptr,
-                                               p.rows - row - v * W));
-      }
-    }
-  }
+// Bytes from one packed tile of a left matrix to the next: a line more than it needs, for the lanes
+// beyond its last unit, and so that tiles do not all begin in the same set of the nearest cache.
+constexpr int64_t left_tile_bytes(int64_t units) {
+  return round_up(units * kTileRows * kUnit, kLine) + kLine;
 }
 
 constexpr int64_t product_scratch() {
-  return kBlockTiles * kTileRows * kDepthBlock * kUnit + 2 * W * kUnit;
+  return kBlockTiles * left_tile_bytes(kDepthBlock) + W * kUnit;
+}
+
+// How deep one panel may be that is packed there instead.
+constexpr int64_t packed_depth() { return product_scratch() / (kTileCols * kUnit); }
+
+// Tiles of kTileRows rows of a matrix that lies as (depth, rows), read as it lies: a page of it
+// after another. A unit's lanes beyond the tile are overwritten by the next one's.
+template <class U>
+inline void pack_left(const Product& p, int64_t depth_start, int64_t units, int64_t first_row,
+                      int64_t last_row, char* to) {
+  constexpr int64_t width = sizeof(typename U::T);
+  const int64_t row_bytes = p.a_ld * width, tile_bytes = left_tile_bytes(units);
+  const char* line = static_cast<const char*>(p.a) + depth_start * row_bytes;
+  for (int64_t u = 0; u < units; ++u, line += U::per * row_bytes, to += kTileRows * kUnit) {
+    const bool odd = depth_start + U::per * u + 1 < p.depth;
+    char* out = to;
+    for (int64_t row = first_row; row < last_row; row += kTileRows, out += tile_bytes) {
+      for (int v = 0; v < kLeftVectors; ++v) {
+        const char* at = line + (row + v * W) * width;
+        U::put_units(
+            out + v * W * kUnit,
+            U::template across<false>(at, odd ? at + row_bytes : nullptr, p.rows - row - v * W));
+      }
+    }
+  }
 }
 
 // ---- products ----
@@ -269,87 +322,145 @@ inline void put_some(typename U::T* p, int64_t n, F x) {
   for (int64_t i = 0; i < n; ++i) p[i] = U::element(lanes[i]);
 }
 
-// n lanes of a result; kFull says that they are all there.
+// Rows of one or two vectors, of which `cols` columns exist, go where the product wants them.
 template <class U, bool kFull>
-inline void finish_lanes(const Product& p, Finish how, const float* bias, int64_t row, int64_t col,
-                         int64_t n, F x) {
+inline void finish_rows(const Product& product, Finish how, const float* bias, int64_t row,
+                        int64_t col, int64_t cols, const F* sums, int rows) {
   using T = typename U::T;
-  const int64_t at = row * p.ld + col;
-  const auto load = [n](const float* from) { return kFull ? Isa::load(from) : load_some(from, n); };
-  const auto store = [n](float* to, F value) {
-    if constexpr (kFull) {
-      Isa::store(to, value);
-    } else {
-      store_some(to, n, value);
+  // Copies: the compiler cannot know that what is stored is none of the product's numbers.
+  const int64_t ld = product.ld, start = row * ld + col;
+  void* const out = product.out;
+  void* const other = product.other;
+  const auto each = [=](auto f) {
+    for (int v = 0; v < 2; ++v) {
+      const int64_t n = kFull ? W : least(W, cols - v * W);
+      if (n <= 0) return;
+      const F shift = bias != nullptr ? (kFull ? Isa::load(bias + col + v * W)
+                                               : load_some(bias + col + v * W, n))
+                                      : Isa::zero();
+      int64_t at = start + v * W;
+      for (int r = 0; r < rows; ++r, at += ld) f(at, n, Isa::add(sums[2 * r + v], shift));
     }
   };
-  const auto get = [n](const T* from) { return kFull ? U::get(from) : get_some<U>(from, n); };
-  const auto put = [n](T* to, F value) {
+  const auto load = [](const float* from, int64_t n) {
+    return kFull ? Isa::load(from) : load_some(from, n);
+  };
+  const auto store = [](float* to, int64_t n, F x) {
     if constexpr (kFull) {
-      U::put(to, value);
+      Isa::store(to, x);
     } else {
-      put_some<U>(to, n, value);
+      store_some(to, n, x);
     }
   };
-  if (bias != nullptr) x = Isa::add(x, load(bias + col));
+  const auto get = [](const T* from, int64_t n) {
+    return kFull ? U::get(from) : get_some<U>(from, n);
+  };
+  const auto put = [](T* to, int64_t n, F x) {
+    if constexpr (kFull) {
+      U::put(to, x);
+    } else {
+      put_some<U>(to, n, x);
+    }
+  };
+  T* const elements = static_cast<T*>(out);
+  T* const others = static_cast<T*>(other);
+  float* const floats = static_cast<float*>(out);
+  const float* const added = static_cast<const float*>(how == Finish::add ? out : other);
   switch (how) {
     case Finish::store:
-      put(static_cast<T*>(p.out) + at, x);
+      each([=](int64_t at, int64_t n, F x) { put(elements + at, n, x); });
       break;
     case Finish::gelu:
-      put(static_cast<T*>(p.other) + at, x);
-      put(static_cast<T*>(p.out) + at, gelu_of(x));
+      each([=](int64_t at, int64_t n, F x) {
+        put(others + at, n, x);
+        put(elements + at, n, gelu_of(x));
+      });
       break;
     case Finish::gelu_grad:
-      put(static_cast<T*>(p.out) + at,
-          Isa::mul(x, gelu_slope(get(static_cast<const T*>(p.other) + at))));
+      each([=](int64_t at, int64_t n, F x) {
+        put(elements + at, n, Isa::mul(x, gelu_slope(get(others + at, n))));
+      });
       break;
     case Finish::residual:
-      store(static_cast<float*>(p.out) + at,
-            Isa::add(load(static_cast<const float*>(p.other) + at), x));
+    case Finish::add:
+      each([=](int64_t at, int64_t n, F x) {
+        store(floats + at, n, Isa::add(load(added + at, n), x));
+      });
       break;
     case Finish::wide:
-      store(static_cast<float*>(p.out) + at, x);
-      break;
-    case Finish::add:
-      store(static_cast<float*>(p.out) + at, Isa::add(load(static_cast<float*>(p.out) + at), x));
+      each([=](int64_t at, int64_t n, F x) { store(floats + at, n, x); });
       break;
   }
 }
 
-// MR rows times one panel. Rows of A lie `stride` bytes apart, or packed unit by unit.
+// One copy for all heights of tiles: a product's own loop stays small.
+template <class U>
+__attribute__((noinline)) void finish_tile(const Product& p, Finish how, const float* bias,
+                                           int64_t row, int64_t col, const F* sums, int rows) {
+  const int64_t cols = p.cols - col;
+  if (cols >= kTileCols) {
+    finish_rows<U, true>(p, how, bias, row, col, kTileCols, sums, rows);
+  } else {
+    finish_rows<U, false>(p, how, bias, row, col, cols, sums, rows);
+  }
+}
+
+// MR rows times one panel. Rows of A lie `stride` bytes apart, or packed unit by unit; `next` is
+// what will be read after them, or null.
 template <class U, int MR, bool kPacked>
 inline void multiply_tile(const Product& p, Finish how, const float* bias, const char* a,
-                          int64_t stride, const char* b, int64_t units, int64_t row, int64_t col) {
+                          int64_t stride, const char* b, int64_t units, int64_t row, int64_t col,
+                          const char* next) {
   F sums[MR][2];
   NANOGPT_UNROLL
   for (int r = 0; r < MR; ++r) sums[r][0] = sums[r][1] = Isa::zero();
   // Five pointers reach every row: x86 adds one, two, four or eight strides in the address.
   const char* rows[5] = {a, a + 3 * stride, a + 6 * stride, a + 9 * stride, a + 12 * stride};
-  for (int64_t u = 0; u < units; ++u) {
-    const typename U::V b0 = U::units(b), b1 = U::units(b + W * kUnit);
-    b += kTileCols * kUnit;
-    NANOGPT_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      const typename U::V x =
-          U::spread(kPacked ? a + r * kUnit : rows[r / 3] + (r % 3) * stride + u * kUnit);
-      sums[r][0] = U::dot(sums[r][0], x, b0);
-      sums[r][1] = U::dot(sums[r][1], x, b1);
+  for (int64_t start = 0; start < units; start += kLineUnits) {
+    const int64_t end = least(units, start + kLineUnits);
+    if (!kPacked && next != nullptr && stride % 4096 != 0) {
+      const char* at = next + start * kUnit;
+      NANOGPT_UNROLL
+      for (int r = 0; r < MR; ++r, at += stride) fetch(at);
     }
-    if (kPacked) a += kTileRows * kUnit;
-  }
-  const int64_t left = p.cols - col;
-  if (left >= kTileCols) {
-    NANOGPT_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      finish_lanes<U, true>(p, how, bias, row + r, col, W, sums[r][0]);
-      finish_lanes<U, true>(p, how, bias, row + r, col + W, W, sums[r][1]);
+    for (int64_t u = start; u < end; ++u) {
+      const typename U::V b0 = U::units(b), b1 = U::units(b + W * kUnit);
+      b += kTileCols * kUnit;
+      NANOGPT_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const typename U::V x =
+            U::spread(kPacked ? a + r * kUnit : rows[r / 3] + (r % 3) * stride + u * kUnit);
+        sums[r][0] = U::dot(sums[r][0], x, b0);
+        sums[r][1] = U::dot(sums[r][1], x, b1);
+      }
+      if (kPacked) a += kTileRows * kUnit;
     }
-    return;
   }
+  F kept[2 * MR];
+  NANOGPT_UNROLL
   for (int r = 0; r < MR; ++r) {
-    finish_lanes<U, false>(p, how, bias, row + r, col, least(W, left), sums[r][0]);
-    if (left > W) finish_lanes<U, false>(p, how, bias, row + r, col + W, left - W, sums[r][1]);
+    kept[2 * r] = sums[r][0];
+    kept[2 * r + 1] = sums[r][1];
+  }
+  finish_tile<U>(p, how, bias, row, col, kept, MR);
+}
+
+// Where a tile's results go, and what is added to them, is fetched while it is computed.
+template <class U>
+inline void fetch_results(const Product& p, Finish how, int64_t row, int64_t col, int rows) {
+  const bool floats = how == Finish::residual || how == Finish::wide || how == Finish::add;
+  const int64_t width = floats ? 4 : static_cast<int64_t>(sizeof(typename U::T));
+  const int64_t step = p.ld * width;
+  const char* out = static_cast<const char*>(p.out) + row * step + col * width;
+  const char* other =
+      p.other != nullptr && how != Finish::add
+          ? static_cast<const char*>(p.other) + (out - static_cast<const char*>(p.out))
+          : nullptr;
+  for (int r = 0; r < rows; ++r, out += step) {
+    for (int64_t at = 0; at < kTileCols * width; at += kLine) __builtin_prefetch(out + at, 1, 3);
+    if (other == nullptr) continue;
+    for (int64_t at = 0; at < kTileCols * width; at += kLine) fetch(other + at);
+    other += step;
   }
 }
 
@@ -359,15 +470,17 @@ inline void multiply_rows(const Product& p, Finish how, const float* bias, const
                           int64_t last_row, int64_t col) {
   // Where A is packed a tile begins with each kTileRows rows, and its rows are a unit apart.
   const int64_t step = kPacked ? kUnit : stride;
-  const int64_t tile = kPacked ? units * kTileRows * kUnit : kTileRows * stride;
+  const int64_t tile = kPacked ? left_tile_bytes(units) : kTileRows * stride;
   for (; row + kTileRows <= last_row; row += kTileRows, a += tile) {
-    multiply_tile<U, kTileRows, kPacked>(p, how, bias, a, step, b, units, row, col);
+    fetch_results<U>(p, how, row, col, kTileRows);
+    const char* next = row + 2 * kTileRows <= last_row ? a + tile : nullptr;
+    multiply_tile<U, kTileRows, kPacked>(p, how, bias, a, step, b, units, row, col, next);
   }
   const auto some = [&](auto count) {
     constexpr int MR = decltype(count)::value;
     if constexpr (MR < kTileRows) {
       if (last_row - row >= MR) {
-        multiply_tile<U, MR, kPacked>(p, how, bias, a, step, b, units, row, col);
+        multiply_tile<U, MR, kPacked>(p, how, bias, a, step, b, units, row, col, nullptr);
         row += MR;
         a += MR * step;
       }
@@ -379,30 +492,56 @@ inline void multiply_rows(const Product& p, Finish how, const float* bias, const
   some(Count<1>());
 }
 
+// What is left of an operand from a panel on.
 template <class U>
-void multiply(const Product& p, int64_t first_row, int64_t last_row, int64_t first, int64_t last,
-              void* scratch) {
+inline Operand from_panel(const Operand& all, int64_t panel) {
+  Operand rest = all;
+  const int64_t col = panel * kTileCols, width = all.floats ? 4 : sizeof(typename U::T);
+  rest.data = static_cast<const char*>(all.data) + col * width * (all.by_column ? all.ld : 1);
+  rest.cols -= col;
+  return rest;
+}
+
+// Of a product whose right operand lies packed from panel `origin` on at `b`.
+template <class U, bool kTransposed>
+inline void multiply_blocks(const Product& p, const char* b, int64_t origin, int64_t first_row,
+                            int64_t last_row, int64_t first, int64_t last, char* packed) {
   constexpr int64_t width = sizeof(typename U::T);
-  const int64_t step = p.a_transposed ? kDepthBlock : round_up(p.depth, U::per);
+  const int64_t step = kTransposed ? kDepthBlock : round_up(p.depth, U::per);
   const int64_t panel = panel_bytes<U>(p.b_depth), stride = p.a_ld * width;
-  char* packed = static_cast<char*>(scratch);
   for (int64_t start = 0; start < p.depth; start += step) {
     const int64_t units = units_of<U>(least(step, p.depth - start));
     const Finish how = start > 0 ? Finish::add : p.finish;
     const float* bias = start > 0 ? nullptr : p.bias;
     for (int64_t row = first_row; row < last_row; row += kBlockTiles * kTileRows) {
       const int64_t end = least(last_row, row + kBlockTiles * kTileRows);
-      if (p.a_transposed) pack_left<U>(p, start, units, row, end, packed);
+      if (kTransposed) pack_left<U>(p, start, units, row, end, packed);
+      const char* rows = kTransposed ? packed : static_cast<const char*>(p.a) + row * stride;
       for (int64_t c = first; c < last; ++c) {
-        const char* b =
-            static_cast<const char*>(p.b) + c * panel + start / U::per * kTileCols * kUnit;
-        if (p.a_transposed) {
-          multiply_rows<U, true>(p, how, bias, packed, 0, b, units, row, end, c * kTileCols);
-        } else {
-          multiply_rows<U, false>(p, how, bias, static_cast<const char*>(p.a) + row * stride,
-                                  stride, b, units, row, end, c * kTileCols);
-        }
+        const char* at = b + (c - origin) * panel + start / U::per * kTileCols * kUnit;
+        multiply_rows<U, kTransposed>(p, how, bias, rows, stride, at, units, row, end,
+                                      c * kTileCols);
       }
+    }
+  }
+}
+
+template <class U>
+void multiply(const Product& p, int64_t first_row, int64_t last_row, int64_t first, int64_t last,
+              void* scratch) {
+  char* memory = static_cast<char*>(scratch);
+  const char* b = static_cast<const char*>(p.b);
+  if (p.a_transposed) {
+    multiply_blocks<U, true>(p, b, 0, first_row, last_row, first, last, memory);
+  } else if (b != nullptr) {
+    multiply_blocks<U, false>(p, b, 0, first_row, last_row, first, last, memory);
+  } else {
+    // As many panels as are near at once, for all rows.
+    const int64_t group = product_scratch() / panel_bytes<U>(p.depth);
+    for (int64_t c = first; c < last; c += group) {
+      const int64_t end = least(last, c + group);
+      pack<U>(from_panel<U>(p.right, c), 0, end - c, memory);
+      multiply_blocks<U, false>(p, memory, c, first_row, last_row, c, end, nullptr);
     }
   }
 }
@@ -839,9 +978,47 @@ inline void pack_all(const void* data, int64_t ld, int64_t depth, int64_t cols, 
   pack<U>(from, 0, (cols + kTileCols - 1) / kTileCols, to);
 }
 
+// A query sees the keys up to itself. Of a block of queries that begins at position `first`, tiles
+// that only hold pairs beyond that are left out.
+
+constexpr int64_t kStair = kTileRows >= 12 ? kTileRows : 2 * kTileRows;  // rows of one depth
+
+// Scores: (queries, keys). What is left out is not written.
 template <class U>
-inline void multiply_all(const Product& p, char* scratch) {
-  multiply<U>(p, 0, p.rows, 0, (p.cols + kTileCols - 1) / kTileCols, scratch);
+inline void multiply_seen(const Product& p, int64_t first, char* scratch) {
+  const int64_t panels = (p.cols + kTileCols - 1) / kTileCols;
+  const int64_t whole = least(panels, first / kTileCols + 1);
+  multiply<U>(p, 0, p.rows, 0, whole, scratch);
+  for (int64_t c = whole; c < panels; ++c) {
+    multiply<U>(p, c * kTileCols - first, p.rows, c, c + 1, scratch);
+  }
+}
+
+// Sums over keys: (queries, depth of keys), zeros beyond the ones seen.
+template <class U>
+inline void multiply_by_seen(const Product& p, int64_t first, char* scratch) {
+  const int64_t panels = (p.cols + kTileCols - 1) / kTileCols;
+  for (int64_t row = 0; row < p.rows; row += kStair) {
+    const int64_t end = least(p.rows, row + kStair);
+    Product part = p;
+    part.depth = least(p.depth, first + end);
+    multiply<U>(part, row, end, 0, panels, scratch);
+  }
+}
+
+// Sums over queries: (keys, depth of queries), transposed.
+template <class U>
+inline void multiply_by_seeing(const Product& p, int64_t first, char* scratch) {
+  const int64_t panels = (p.cols + kTileCols - 1) / kTileCols;
+  multiply<U>(p, 0, first, 0, panels, scratch);
+  for (int64_t row = first; row < p.rows; row += kStair) {
+    const int64_t blind = (row - first) / U::per * U::per;
+    Product part = p;
+    part.a = static_cast<const typename U::T*>(p.a) + blind * p.a_ld;
+    part.b = static_cast<const char*>(p.b) + blind / U::per * kTileCols * kUnit;
+    part.depth = p.depth - blind;
+    multiply<U>(part, row, least(p.rows, row + kStair), 0, panels, scratch);
+  }
 }
 
 template <class U>
@@ -873,9 +1050,9 @@ void attend(const Head& h) {
   const int64_t block = query_block(h.positions);
   for (int64_t first = 0; first < h.positions; first += block) {
     const int64_t queries = least(block, h.positions - first), keys = first + queries;
-    multiply_all<U>(product_of<U>(x.q + first * x.q_ld, x.q_ld, false, s.keys, h.width, queries,
-                                  keys, h.width, Finish::wide, s.scores, s.ld),
-                    s.product);
+    multiply_seen<U>(product_of<U>(x.q + first * x.q_ld, x.q_ld, false, s.keys, h.width, queries,
+                                   keys, h.width, Finish::wide, s.scores, s.ld),
+                     first, s.product);
     const int64_t filled = round_up(keys, U::per);
     for (int64_t r = 0; r < queries; ++r) {
       float* row = s.scores + r * s.ld;
@@ -898,10 +1075,10 @@ void attend(const Head& h) {
       for (int64_t i = seen; i < filled; ++i) p[i] = U::element(0.0f);
       if (h.lse != nullptr) h.lse[first + r] = most * h.scale + __builtin_logf(total);
     }
-    multiply_all<U>(
+    multiply_by_seen<U>(
         product_of<U>(s.p, s.ld, false, s.values, h.positions, queries, h.width, keys,
                       Finish::store, static_cast<T*>(h.out) + first * h.model_width, h.model_width),
-        s.product);
+        first, s.product);
   }
 }
 
@@ -927,12 +1104,12 @@ void attend_backward(const Head& h) {
     const T* go = grad_out + first * c;
     pack_all<U>(q, x.q_ld, queries, width, false, s.block);
     pack_all<U>(go, c, queries, width, false, grad_block);
-    multiply_all<U>(product_of<U>(q, x.q_ld, false, s.keys, width, queries, keys, width,
-                                  Finish::wide, s.scores, s.ld),
-                    s.product);
-    multiply_all<U>(product_of<U>(go, c, false, s.values, width, queries, keys, width, Finish::wide,
-                                  s.dp, s.ld),
-                    s.product);
+    multiply_seen<U>(product_of<U>(q, x.q_ld, false, s.keys, width, queries, keys, width,
+                                   Finish::wide, s.scores, s.ld),
+                     first, s.product);
+    multiply_seen<U>(product_of<U>(go, c, false, s.values, width, queries, keys, width,
+                                   Finish::wide, s.dp, s.ld),
+                     first, s.product);
     const int64_t filled = round_up(keys, U::per);
     for (int64_t r = 0; r < queries; ++r) {
       const float *row = s.scores + r * s.ld, *dp = s.dp + r * s.ld;
@@ -953,15 +1130,15 @@ void attend_backward(const Head& h) {
       });
       for (int64_t i = seen; i < filled; ++i) p[i] = ds[i] = U::element(0.0f);
     }
-    multiply_all<U>(product_of<U>(s.ds, s.ld, false, s.keys_by_row, h.positions, queries, width,
-                                  keys, Finish::wide, s.dq, width),
-                    s.product);
-    multiply_all<U>(product_of<U>(s.ds, s.ld, true, s.block, queries, keys, width, queries,
-                                  Finish::add, s.dk, width),
-                    s.product);
-    multiply_all<U>(product_of<U>(s.p, s.ld, true, grad_block, queries, keys, width, queries,
-                                  Finish::add, s.dv, width),
-                    s.product);
+    multiply_by_seen<U>(product_of<U>(s.ds, s.ld, false, s.keys_by_row, h.positions, queries, width,
+                                      keys, Finish::wide, s.dq, width),
+                        first, s.product);
+    multiply_by_seeing<U>(product_of<U>(s.ds, s.ld, true, s.block, queries, keys, width, queries,
+                                        Finish::add, s.dk, width),
+                          first, s.product);
+    multiply_by_seeing<U>(product_of<U>(s.p, s.ld, true, grad_block, queries, keys, width, queries,
+                                        Finish::add, s.dv, width),
+                          first, s.product);
     for (int64_t r = 0; r < queries; ++r) {
       const int64_t t = first + r;
       prepare_backward<U>(h, t, s.dq + r * width, qkv + t * 3 * c, grad + t * 3 * c);
@@ -981,6 +1158,7 @@ constexpr TrainingKernels training_table(const char* name) {
       kTileRows,
       kTileCols,
       product_scratch(),
+      packed_depth(),
       packed_bytes<U>,
       pack<U>,
       multiply<U>,
