@@ -37,7 +37,7 @@ SHAPES = {
         "vocab_size": 300, "block_size": 150, "n_layer": 1, "n_head": 2, "n_embd": 64,
     },
     "few tokens of a wide model": {
-        "vocab_size": 40, "block_size": 5, "n_layer": 1, "n_head": 2, "n_embd": 600,
+        "vocab_size": 40, "block_size": 5, "n_layer": 1, "n_head": 2, "n_embd": 400,
     },
 }  # fmt: skip
 
