@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import gc
+import math
 import os
 import platform
 import re
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata as distributions
@@ -17,6 +19,8 @@ import torch
 from nanogpt import kernels
 from nanogpt.errors import UsageError
 
+_PRODUCT_SIDE = 256
+"""Of the square matrices whose product is timed: a few milliseconds even where it is emulated."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -80,6 +84,26 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name == "float16" and device.type == "mps":
         raise UsageError("--dtype float16 needs loss scaling, which mps lacks: use float32")
     return DTYPES[name], "asked for"
+
+
+def products_slowdown(dtype: torch.dtype) -> float:
+    """How many times as long the CPU takes for torch's products in a precision as in float32.
+
+    One thread computes them: threads that wait for each other on a busy machine hide it.
+    """
+    seconds = dict.fromkeys((torch.float32, dtype), math.inf)
+    operands = {each: torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=each) for each in seconds}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(3):  # by turns, so that another program's work falls on both
+            for each, one in operands.items():
+                started = time.perf_counter()
+                one @ one
+                seconds[each] = min(seconds[each], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[dtype] / seconds[torch.float32]
 
 
 def check_kernels(impl: str, device: torch.device) -> str:

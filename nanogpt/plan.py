@@ -35,6 +35,8 @@ from nanogpt.tokenizer import Tokenizer
 
 _LARGEST_MICRO_BATCH_TOKENS = 65_536
 _IDENTITY_VERSION = 1
+_SLOW_PRODUCTS = 2
+"""Times as slow as float32 from which a precision that was asked for is remarked on."""
 # Tokens of the micro-batch on which the implementations are compared.
 _MEASURED_TOKENS = 8_192
 
@@ -355,7 +357,7 @@ def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str,
         found = choose_engine(
             plan.shape, config.dtype, device, kernels=config.kernels, compiled=config.compile
         )
-        engine, dtype, why = found or ("torch", plan.dtype, "")
+        engine, dtype, why = found or ("torch", plan.dtype, _emulated(plan))
     name = str(dtype).removeprefix("torch.")
     if why:
         plan.choices["dtype"] = f"{name} ({why})"
@@ -368,6 +370,16 @@ def choose_step(plan: Plan, begun: RunDirectory | None) -> tuple[Plan, dict[str,
             steps += f" (this run began with {isa}: the last bits of its results may change here)"
     plan.choices["steps"] = steps
     return replace(plan, engine=engine, dtype=dtype), kept
+
+
+def _emulated(plan: Plan) -> str:
+    """What to say of a precision that was asked for where the CPU has no products of it."""
+    if plan.device.type != "cpu" or plan.dtype == torch.float32:
+        return ""
+    times = machine.products_slowdown(plan.dtype)
+    if times < _SLOW_PRODUCTS:
+        return ""
+    return f"asked for; this CPU takes {times:.0f} times as long for its products as in float32"
 
 
 def _earlier_step(plan: Plan, begun: RunDirectory | None) -> dict[str, str] | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nanogpt as package
-from nanogpt import checkpoint, native
+from nanogpt import checkpoint, machine, native
 from nanogpt import train as train_module
 from nanogpt.config import TrainConfig
 from nanogpt.muon import Muon
@@ -148,6 +148,27 @@ def test_gradient_accumulation_gives_the_same_training(train, text_file):
     for micro in (3, 1):
         for name, value in weights(f"{micro}.pth").items():
             assert torch.allclose(value, whole[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (150.4, "asked for; this CPU takes 150 times as long for its products as in float32"),
+        (1.2, "asked for"),
+    ],
+)
+def test_a_precision_that_is_emulated_is_remarked_on(times, said, train, text_file, monkeypatch):
+    monkeypatch.setattr(machine, "products_slowdown", lambda dtype: times)
+    outcome = train("--text", text_file, "--max-steps", 1, "--dtype", "float16")
+    assert outcome.code == 0
+    assert f"dtype: float16 ({said})\n" in outcome.err
+
+
+def test_the_slowdown_of_products_is_that_of_the_best_of_three(monkeypatch):
+    ticks = iter([0, 2, 2, 8, 8, 9, 9, 12, 12, 15, 15, 20])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
+    assert machine.products_slowdown(torch.bfloat16) == 3
+    assert next(ticks, None) is None
 
 
 def test_a_run_goes_on_with_the_threads_it_began_with(train, text_file, monkeypatch):
